@@ -92,7 +92,7 @@ class Tokenizer:
         """
         if not self.has_chat_template:
             raise ValueError(
-                f"{self.model_dir.name} has no chat template: send text or token ids to /v1/completions instead"
+                f"{self.model_dir.name} has no chat template: send text or token ids to /v1/completions"
             )
         import jinja2
 
@@ -244,7 +244,7 @@ class Detokenizer:
         self._given = max(0, len(kept) - waiting)
 
     def _match(self, fresh: str) -> str:
-        """Text that belongs to no stop string; sets `stopped` when one is complete (the one that ends first)."""
+        """Text that belongs to no stop string; sets `stopped` when one is complete: the first to end."""
         text = self._held + fresh
         ends = [(text.find(stop) + len(stop), -len(stop)) for stop in self._stop if stop in text]
         if ends:

@@ -1,4 +1,4 @@
-"""Encoding, templates, and the detokenizer's promise: pieces together are the whole, stops are cut exactly."""
+"""Encoding, templates, and the detokenizer's promise: the pieces are the whole, stops are cut exactly."""
 
 from __future__ import annotations
 
