@@ -108,9 +108,12 @@ class Request:
         computed_len: tokens whose keys and values a launched step has written (or the cache held).
         in_flight: tokens sampled by launched steps that commit has not seen.
         cached_len: prompt tokens found in the cache when the request was first admitted.
-        row: row of the device token table while running, else -1.
-        pages: the pages that hold `computed_len` tokens; the first `handle.length` tokens' pages belong to the tree.
-        shared_len: tokens covered by tree pages, a multiple of the page size.
+        row: row of the device's token and page tables while running, else -1.
+        pages: the pages of its context in order; those of the first `handle.length` tokens belong to the tree.
+        handle: the locked tree prefix while running.
+        table_ids, table_pages: how many ids and pages the device's tables already hold.
+        order: arrival number; the youngest running request is retracted first.
+        weight_version: the version at admission; its pages are cached under that version only.
     """
 
     id: str
@@ -130,7 +133,8 @@ class Request:
     handle: Handle | None = None
     state: State = State.WAITING
     aborted: bool = False
-    table_len: int = 0
+    table_ids: int = 0
+    table_pages: int = 0
     weight_version: int = 0
 
     def __post_init__(self) -> None:
@@ -191,9 +195,9 @@ class StepPlan:
         positions: `[T]` int64 absolute positions.
         token_rows: `[T]` int64, table row of each token (its id is `table[token_rows[t], positions[t]]`).
         write_slots: `[T]` int64, `page * page_size + offset` for each token's key and value.
-        page_table: `[R, P]` int64, padded with the dummy page.
         context_lengths: `[R]` int64, context of each row including its own tokens.
-        table_writes: token ids to put into the table before the forward: (row, start, ids).
+        id_writes: token ids to put into the token table before the forward: (row, start, ids).
+        page_writes: pages to put into the page table before the forward: (row, start, pages).
         samples: tokens to sample, in order.
     """
 
@@ -203,9 +207,9 @@ class StepPlan:
     positions: np.ndarray
     token_rows: np.ndarray
     write_slots: np.ndarray
-    page_table: np.ndarray
     context_lengths: np.ndarray
-    table_writes: tuple[tuple[int, int, np.ndarray], ...]
+    id_writes: tuple[tuple[int, int, np.ndarray], ...]
+    page_writes: tuple[tuple[int, int, np.ndarray], ...]
     samples: tuple[SampleRow, ...]
 
     @property

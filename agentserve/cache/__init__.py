@@ -1,0 +1,1 @@
+"""Where keys and values live: pages and their owners, and the prefix tree that shares them."""

@@ -1,0 +1,108 @@
+"""Who runs next: admission and retraction over a `CacheManager`. The arrays of a step are made in `plan.py`."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from agentserve.cache.manager import CacheManager
+from agentserve.core import Request, State
+
+
+class Queue:
+    """Waiting requests in arrival order, running ones in arrival order, and the free rows of the device tables."""
+
+    def __init__(self, max_running: int):
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.free_rows = list(range(max_running - 1, -1, -1))
+        self.retiring_rows: deque[tuple[int, int]] = deque()
+        self.retractions = 0
+
+    def enqueue(self, request: Request) -> None:
+        """Insert by arrival, so that a retracted request stands before all that came after it."""
+        index = len(self.waiting)
+        while index and self.waiting[index - 1].order > request.order:
+            index -= 1
+        self.waiting.insert(index, request)
+        request.state = State.WAITING
+
+    def admit(self, manager: CacheManager) -> None:
+        """Move waiting requests to running, oldest first, while rows and pages last.
+
+        A request whose next uncached page is being computed by a running one is passed over until that page is in the
+        tree: a group that shares a prompt computes it once. It cannot starve, since the running one goes on.
+        """
+        in_progress = {self._next_page(request, manager) for request in self.running if self._prefilling(request)}
+        promised = sum(
+            max(0, manager.pages_for(request.known_len + 1) - len(request.pages)) for request in self.running
+        )
+        passed: list[Request] = []
+        while self.waiting and self.free_rows:
+            request = self.waiting.popleft()
+            if request.in_flight:  # retracted while a step held its last token: commit brings it first
+                passed.append(request)
+                continue
+            if not manager.admit(request, promised, alone=not self.running):
+                passed.append(request)
+                break
+            page = self._next_page(request, manager)
+            if page in in_progress:
+                self._dismiss(request, manager)
+                passed.append(request)
+                continue
+            if self._prefilling(request):
+                in_progress.add(page)
+            promised += manager.pages_for(request.total_len + 1) - len(request.pages)
+            if request.cached_len < 0:
+                request.cached_len = request.computed_len
+            request.row = self.free_rows.pop()
+            request.state = State.RUNNING
+            self._join(request)
+        self.waiting.extendleft(reversed(passed))
+
+    def retract_youngest(self, manager: CacheManager) -> Request:
+        """Send the youngest running request back to waiting; its ids stay, its whole pages stay in the tree."""
+        request = self.running[-1]
+        tokens = min(request.computed_len, request.total_len)
+        self.leave(request, manager, tokens)
+        request.computed_len = 0
+        self.enqueue(request)
+        self.retractions += 1
+        return request
+
+    def leave(self, request: Request, manager: CacheManager, tokens: int) -> None:
+        """Take a running request's row and pages; its first `tokens` tokens stay cached."""
+        self.running.remove(request)
+        manager.release(request, tokens)
+        self.retiring_rows.append((manager.last_launched, request.row))
+        request.row = -1
+
+    def complete(self, step: int) -> None:
+        """Rows are free once the last step that may touch them has completed."""
+        while self.retiring_rows and self.retiring_rows[0][0] <= step:
+            self.free_rows.append(self.retiring_rows.popleft()[1])
+
+    def _join(self, request: Request) -> None:
+        index = len(self.running)
+        while index and self.running[index - 1].order > request.order:
+            index -= 1
+        self.running.insert(index, request)
+
+    def _dismiss(self, request: Request, manager: CacheManager) -> None:
+        # undo an admission of this same call: nothing was computed or allocated yet
+        manager.tree.unlock(request.handle)  # pyright: ignore[reportArgumentType]  (admit has just set it)
+        request.handle, request.pages, request.computed_len = None, [], 0
+
+    @staticmethod
+    def _prefilling(request: Request) -> bool:
+        return request.computed_len < request.prompt_len - 1
+
+    @staticmethod
+    def _next_page(request: Request, manager: CacheManager) -> tuple[str, int, bytes] | None:
+        # names the first page that is not in the tree: where it hangs, and its ids; None if it will not be shared
+        assert request.handle is not None
+        start = request.handle.length
+        page = request.ids[start : min(start + manager.page_size, request.prompt_len)]
+        if len(page) < manager.page_size:
+            return None
+        return request.namespace, id(request.handle.node), page.tobytes()
