@@ -1,0 +1,199 @@
+"""The same client for callers without an event loop: every call runs on a loop in a background thread.
+
+Only the waiting is here; requests and replies are `client`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
+
+import httpx
+
+from agentserve.sdk.client import AsyncClient, AsyncSession
+from agentserve.sdk.types import Completion, Delta, Health, Message, Sampling, SessionLog, Turn
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+CLEANUP_S = 30.0
+
+
+class BackgroundLoop:
+    """An event loop in a daemon thread, and how to wait for it."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="agentserve-sdk", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine to its end. An interrupt (Ctrl-C) cancels it and waits until it has cleaned up.
+
+        Raises:
+            RuntimeError: called from the loop itself (it would wait for itself), or after `close`.
+        """
+        if threading.current_thread() is self._thread:
+            work.close()
+            raise RuntimeError("this is the client's own event loop: asynchronous tools use the Async classes")
+        if self.closed:
+            work.close()
+            raise RuntimeError("this client is closed")
+        tasks: list[asyncio.Task[Any]] = []
+
+        async def tracked() -> T:
+            task = asyncio.current_task()
+            assert task is not None
+            tasks.append(task)
+            return await work
+
+        future = asyncio.run_coroutine_threadsafe(tracked(), self._loop)
+        try:
+            return future.result()
+        finally:
+            if not future.done():
+                self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in tasks])
+                concurrent.futures.wait([future], timeout=CLEANUP_S)
+
+    def iterate(self, items: AsyncGenerator[T, None]) -> Iterator[T]:
+        """Yield what an asynchronous generator yields; leaving early closes it."""
+        end = object()
+
+        async def following() -> Any:
+            return await anext(items, end)
+
+        try:
+            while (item := self.run(following())) is not end:
+                yield item
+        finally:
+            self.run(items.aclose())
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._loop.is_closed()
+
+    def close(self) -> None:
+        """Stop the thread. Closing twice does nothing."""
+        if self.closed:
+            return
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+class Client:
+    """`AsyncClient` for callers without an event loop; see there for arguments and errors."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_s: float = 600.0,
+        retries: int = 8,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ):
+        self.url = url.rstrip("/")
+        self.background = BackgroundLoop()
+        self.asynchronous = AsyncClient(url, timeout_s=timeout_s, retries=retries, transport=transport)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections and stop the thread; sessions stay open. Closing twice does nothing."""
+        if self.background.closed:
+            return
+        self.background.run(self.asynchronous.aclose())
+        self.background.close()
+
+    def health(self) -> Health:
+        """State of the server and its engine."""
+        return self.background.run(self.asynchronous.health())
+
+    def models(self) -> list[str]:
+        """Names of the served models."""
+        return self.background.run(self.asynchronous.models())
+
+    def stats(self) -> dict[str, Any]:
+        """The engine's counters."""
+        return self.background.run(self.asynchronous.stats())
+
+    def session(
+        self,
+        *,
+        system: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        messages: Sequence[Message] | None = None,
+        metadata: Mapping[str, str] | None = None,
+        ttl_s: float | None = None,
+    ) -> Session:
+        """Open a session."""
+        work = self.asynchronous.session(system=system, tools=tools, messages=messages, metadata=metadata, ttl_s=ttl_s)
+        return Session(self.background, self.background.run(work))
+
+    def sessions(self) -> list[dict[str, Any]]:
+        """The server's sessions."""
+        return self.background.run(self.asynchronous.sessions())
+
+    def complete(self, prompt: str | Sequence[int], **sampling: Unpack[Sampling]) -> Completion:
+        """Continue a text or a list of token ids, outside any session."""
+        return self.background.run(self.asynchronous.complete(prompt, **sampling))
+
+    def update_weights(self, version: int, tensors: Mapping[str, torch.Tensor] | bytes) -> int:
+        """Put new weights into the running engine."""
+        return self.background.run(self.asynchronous.update_weights(version, tensors))
+
+    def flush_cache(self) -> None:
+        """Forget every cached prefix that no running request holds."""
+        self.background.run(self.asynchronous.flush_cache())
+
+
+class Session:
+    """`AsyncSession` for callers without an event loop."""
+
+    def __init__(self, background: BackgroundLoop, asynchronous: AsyncSession):
+        self.background = background
+        self.asynchronous = asynchronous
+        self.id = asynchronous.id
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def turn(
+        self,
+        messages: str | Sequence[Message] | None = None,
+        *,
+        token_ids: Sequence[int] | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> Turn:
+        """Append messages (a string is one user message) or token ids, and let the model reply."""
+        return self.background.run(self.asynchronous.turn(messages, token_ids=token_ids, **sampling))
+
+    def stream_turn(
+        self,
+        messages: str | Sequence[Message] | None = None,
+        *,
+        token_ids: Sequence[int] | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> Iterator[Delta | Turn]:
+        """Like `turn`, yielding each `Delta` as it is sampled and the whole `Turn` last."""
+        return self.background.iterate(self.asynchronous.stream_turn(messages, token_ids=token_ids, **sampling))
+
+    def log(self, *, tokens: bool = False) -> SessionLog:
+        """The session's turns and segments; with `tokens`, every id, its mask, logprob and weight version."""
+        return self.background.run(self.asynchronous.log(tokens=tokens))
+
+    def close(self) -> None:
+        """Close the session; one that is gone already is no error."""
+        self.background.run(self.asynchronous.close())

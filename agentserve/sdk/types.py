@@ -1,0 +1,225 @@
+"""What travels between SDK and server: replies as frozen structs, sampling options, and the one error class.
+
+Field names are the server's. Nothing here talks to a network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias, TypedDict
+
+import msgspec
+
+Message: TypeAlias = dict[str, Any]
+"""A chat message in OpenAI's form."""
+
+
+class Sampling(TypedDict, total=False):
+    """Sampling options of one reply; what is left out takes the server's default."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    max_tokens: int
+    min_tokens: int
+    seed: int
+    stop: str | list[str]
+    stop_token_ids: list[int]
+    ignore_eos: bool
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    logit_bias: dict[str, float]
+    logprobs: bool
+    top_logprobs: int
+    return_token_ids: bool
+
+
+def check_sampling(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the options. Raises TypeError for one that does not exist; the server checks their values."""
+    unknown = sorted(set(options) - set(Sampling.__annotations__))
+    if unknown:
+        known = ", ".join(sorted(Sampling.__annotations__))
+        raise TypeError(f"unknown sampling option {unknown[0]!r}; known are {known}")
+    return dict(options)
+
+
+class AgentserveError(Exception):
+    """The server refused or could not be reached.
+
+    Attributes:
+        status: HTTP status, or None when no reply came.
+        type: the server's error type, or `connection_error`.
+        param: the field that was wrong, if one was.
+        code: a machine-readable reason such as `context_length_exceeded`.
+        message: what was wrong.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        type: str = "connection_error",
+        param: str | None = None,
+        code: str | None = None,
+    ):
+        where = f" (field {param!r})" if param else ""
+        super().__init__(f"{status or 'no reply'} {type}: {message}{where}")
+        self.message, self.status, self.type, self.param, self.code = message, status, type, param, code
+
+    @property
+    def infra(self) -> bool:
+        """Whether the server or the way to it failed, not the request: it says nothing about the model."""
+        return self.status is None or self.status >= 500 or self.status in (404, 408, 410, 429)
+
+
+class PromptDetails(msgspec.Struct, frozen=True):
+    """Part of OpenAI's usage block."""
+
+    cached_tokens: int = 0
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """OpenAI's usage block."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails | None = None
+
+
+class Report(msgspec.Struct, frozen=True):
+    """Where a turn's prompt came from: `prompt = cached + computed` tokens."""
+
+    prompt: int
+    cached: int
+    computed: int
+
+
+class Timings(msgspec.Struct, frozen=True):
+    """Milliseconds to the first token and to the end of a turn, as the server measured them."""
+
+    ttft_ms: float
+    total_ms: float
+
+
+class FunctionCall(msgspec.Struct, frozen=True):
+    """Name and arguments (a JSON string, as the model wrote it) of a tool call."""
+
+    name: str
+    arguments: str
+
+
+class CallRequest(msgspec.Struct, frozen=True):
+    """One tool call of an assistant message."""
+
+    id: str
+    function: FunctionCall
+    type: str = "function"
+
+
+class AssistantMessage(msgspec.Struct, frozen=True):
+    """The model's reply: text, tool calls, or both."""
+
+    role: str = "assistant"
+    content: str | None = None
+    tool_calls: tuple[CallRequest, ...] = ()
+
+
+class Turn(msgspec.Struct, frozen=True):
+    """One model reply in a session.
+
+    `prompt_token_ids` (the ids appended before the reply), `token_ids` (the sampled ids) and
+    `weight_versions` (one a sampled token) are there when `return_token_ids` was asked for; `logprobs` when
+    `logprobs` was.
+    """
+
+    session_id: str
+    turn: int
+    message: AssistantMessage
+    finish_reason: str
+    usage: Usage
+    report: Report
+    timings: Timings
+    prompt_token_ids: list[int] | None = None
+    token_ids: list[int] | None = None
+    logprobs: list[float] | None = None
+    weight_versions: list[int] | None = None
+
+    @property
+    def text(self) -> str:
+        """The reply's text outside tool calls."""
+        return self.message.content or ""
+
+    @property
+    def tool_calls(self) -> tuple[CallRequest, ...]:
+        """The reply's tool calls, in the order the model wrote them."""
+        return self.message.tool_calls
+
+
+class Delta(msgspec.Struct, frozen=True):
+    """A piece of a streamed reply."""
+
+    text: str
+    token_ids: list[int] = []
+
+
+class TurnEntry(msgspec.Struct, frozen=True):
+    """A turn as the session's log keeps it; `weight_versions` are the oldest and the newest of its tokens."""
+
+    turn: int
+    prompt: int
+    cached: int
+    computed: int
+    completion: int
+    ttft_ms: float
+    total_ms: float
+    finish_reason: str
+    weight_versions: list[int]
+
+
+class Segment(msgspec.Struct, frozen=True):
+    """Tokens `start:end` of the log belong to one role; `loss` says whether a trainer learns them."""
+
+    role: str
+    start: int
+    end: int
+    loss: bool
+
+
+class SessionLog(msgspec.Struct, frozen=True):
+    """A session as the server keeps it. The four token lists are of one length, and there when asked for."""
+
+    id: str
+    status: str
+    turns: list[TurnEntry]
+    segments: list[Segment]
+    model: str | None = None
+    created: float | None = None
+    last_used: float | None = None
+    metadata: dict[str, str] | None = None
+    token_ids: list[int] | None = None
+    loss_mask: list[int] | None = None
+    logprobs: list[float] | None = None
+    weight_versions: list[int] | None = None
+
+
+class Health(msgspec.Struct, frozen=True):
+    """`GET /health`: `status` is `ok` or `unhealthy` (then `reason` says why)."""
+
+    status: str
+    model: str | None = None
+    weight_version: int = 0
+    reason: str | None = None
+
+
+class Completion(msgspec.Struct, frozen=True):
+    """A text completion. `token_ids` and `logprobs` are there when asked for."""
+
+    text: str
+    finish_reason: str
+    usage: Usage
+    token_ids: list[int] | None = None
+    logprobs: list[float] | None = None
