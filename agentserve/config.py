@@ -6,8 +6,6 @@ from typing import Annotated, Literal
 
 import msgspec
 
-Field = Annotated
-
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One engine: a model on a device, its KV pool and its step budget.
@@ -18,19 +16,19 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         ValueError: a field out of range; the message names it.
     """
 
-    model_dir: Field[str, "Hugging Face model directory, or 'demo' for the shipped model"]
-    device: Field[str, "torch device: cpu, cuda, cuda:1"] = "cpu"
-    dtype: Field[Literal["auto", "float32", "bfloat16"], "weights and KV; auto takes the checkpoint's"] = "auto"
-    page_size: Field[int, "tokens per KV page"] = 16
-    kv_tokens: Field[int, "tokens the KV pool holds"] = 65536
-    max_model_len: Field[int, "longest prompt plus output; 0 takes the model's own limit"] = 0
-    max_batch_tokens: Field[int, "tokens computed in one step"] = 512
-    max_running: Field[int, "requests in one step"] = 64
-    max_waiting: Field[int, "requests queued before new ones are refused with 429"] = 1024
-    watermark: Field[float, "share of pages kept free for running requests when admitting"] = 0.02
-    overlap: Field[bool, "plan and commit while the device computes"] = True
-    threads: Field[int, "torch threads for one operation on the CPU; 0 leaves torch's choice"] = 0
-    seed: Field[int, "seeds the draws of requests that bring no seed"] = 0
+    model_dir: Annotated[str, "Hugging Face model directory, or 'demo' for the shipped model"]
+    device: Annotated[str, "torch device: cpu, cuda, cuda:1"] = "cpu"
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], "weights and KV; auto takes the checkpoint's"] = "auto"
+    page_size: Annotated[int, "tokens per KV page"] = 16
+    kv_tokens: Annotated[int, "tokens the KV pool holds"] = 65536
+    max_model_len: Annotated[int, "longest prompt plus output; 0 takes the model's own limit"] = 0
+    max_batch_tokens: Annotated[int, "tokens computed in one step"] = 512
+    max_running: Annotated[int, "requests in one step"] = 64
+    max_waiting: Annotated[int, "requests queued before new ones are refused with 429"] = 1024
+    watermark: Annotated[float, "share of pages kept free for running requests when admitting"] = 0.02
+    overlap: Annotated[bool, "plan and commit while the device computes"] = True
+    threads: Annotated[int, "torch threads for one operation on the CPU; 0 leaves torch's choice"] = 0
+    seed: Annotated[int, "seeds the draws of requests that bring no seed"] = 0
 
     def __post_init__(self) -> None:
         for name in ("page_size", "kv_tokens", "max_batch_tokens", "max_running", "max_waiting"):
@@ -59,13 +57,13 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         ValueError: a field out of range; the message names it.
     """
 
-    host: Field[str, "address to listen on"] = "127.0.0.1"
-    port: Field[int, "port to listen on; 0 takes a free one"] = 8000
-    served_model_name: Field[str, "model name in the API; empty takes the directory's name"] = ""
-    request_timeout_s: Field[float, "seconds after which a request is aborted"] = 600.0
-    session_ttl_s: Field[float, "seconds after which an idle session is closed"] = 3600.0
-    max_sessions: Field[int, "open sessions before new ones are refused with 429"] = 4096
-    log_level: Field[Literal["debug", "info", "warning", "error"], "how much is logged"] = "info"
+    host: Annotated[str, "address to listen on"] = "127.0.0.1"
+    port: Annotated[int, "port to listen on; 0 takes a free one"] = 8000
+    served_model_name: Annotated[str, "model name in the API; empty takes the directory's name"] = ""
+    request_timeout_s: Annotated[float, "seconds after which a request is aborted"] = 600.0
+    session_ttl_s: Annotated[float, "seconds after which an idle session is closed"] = 3600.0
+    max_sessions: Annotated[int, "open sessions before new ones are refused with 429"] = 4096
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], "how much is logged"] = "info"
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:

@@ -63,7 +63,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             if not good:
                 raise ValueError(f"{name} must be {want}, got {getattr(self, name)!r}")
 
-        for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
+        for name in (
+            "temperature",
+            "top_p",
+            "min_p",
+            "presence_penalty",
+            "frequency_penalty",
+            "repetition_penalty",
+        ):
             need(math.isfinite(getattr(self, name)), name, "a finite number")
         need(self.max_tokens >= 1, "max_tokens", "at least 1")
         need(0 <= self.min_tokens <= self.max_tokens, "min_tokens", "between 0 and max_tokens")

@@ -132,7 +132,7 @@ class LLM:
     ) -> list[Completion]:
         """Complete prompts (texts or token ids), batched together; results in the prompts' order.
 
-        One `SamplingParams` serves all prompts; a sequence gives one to each. Interrupting the call aborts its requests.
+        One `SamplingParams` serves all prompts; a sequence gives one to each. An interrupted call aborts its requests.
 
         Raises:
             ValueError: a prompt that is empty, too long or has ids outside the vocabulary, and which one.

@@ -120,9 +120,7 @@ class ModelRunner:
         columns = torch.tensor([sample.position for sample in plan.samples], device=self.device)
         self.token_table[rows, columns] = sampled.token_ids
         seconds = time.perf_counter() - start
-        return StepResult(
-            sampled.token_ids.tolist(), sampled.logprobs, sampled.top, self.weight_version, seconds
-        )
+        return StepResult(sampled.token_ids.tolist(), sampled.logprobs, sampled.top, self.weight_version, seconds)
 
     def _check_tensors(self, tensors: Mapping[str, object]) -> None:
         views = self.model.checkpoint_views()

@@ -56,15 +56,11 @@ def plan(
     for end in range(1, len(single) + 1):
         # a block may be half again as long as its shortest row: past that, padding costs more than another call
         if end == len(single) or context_lengths[single[end]] > 1.5 * context_lengths[single[first]] + 64:
-            blocks.append(
-                _block(single[first:end], 1, query_start, context_lengths, page_table, page_size, device)
-            )
+            blocks.append(_block(single[first:end], 1, query_start, context_lengths, page_table, page_size, device))
             first = end
     for row in np.flatnonzero(lengths > 1):
         rows = np.array([row])
-        blocks.append(
-            _block(rows, int(lengths[row]), query_start, context_lengths, page_table, page_size, device)
-        )
+        blocks.append(_block(rows, int(lengths[row]), query_start, context_lengths, page_table, page_size, device))
     return Layout(blocks, page_size)
 
 

@@ -22,9 +22,7 @@ class Step(Protocol):
         """Absolute position of each of the T tokens, `[T]` int64."""
         ...
 
-    def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, window: int | None
-    ) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, window: int | None) -> torch.Tensor:
         """`q [T, heads, D]`, `k` and `v [T, kv_heads, D]`, rotated → `[T, heads, D]`."""
         ...
 
@@ -42,9 +40,7 @@ class PackedStep:
         """Sequences of these lengths, each starting at position 0."""
         return cls(lengths, torch.cat([torch.arange(n, device=device) for n in lengths]))
 
-    def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, window: int | None
-    ) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, window: int | None) -> torch.Tensor:
         return packed_attention.packed_attention(q, k, v, self._groups, window)
 
 
@@ -72,9 +68,7 @@ class PagedStep:
         self.write_slots = write_slots
         self.layout = layout
 
-    def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, window: int | None
-    ) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, window: int | None) -> torch.Tensor:
         keys, values = self.keys[layer], self.values[layer]
         keys.flatten(0, 1).index_copy_(0, self.write_slots, k)
         values.flatten(0, 1).index_copy_(0, self.write_slots, v)

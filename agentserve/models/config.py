@@ -90,7 +90,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         if self.rope.type in ("llama3", "yarn"):
             rope["original_max_position_embeddings"] = self.rope.original_max_position
         if self.rope.type == "llama3":
-            rope |= {"low_freq_factor": self.rope.low_freq_factor, "high_freq_factor": self.rope.high_freq_factor}
+            rope |= {
+                "low_freq_factor": self.rope.low_freq_factor,
+                "high_freq_factor": self.rope.high_freq_factor,
+            }
         if self.rope.type == "yarn":
             rope |= {"beta_fast": self.rope.beta_fast, "beta_slow": self.rope.beta_slow}
             rope |= {"truncate": self.rope.truncate}

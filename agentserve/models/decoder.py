@@ -91,9 +91,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Parameter(torch.empty(size, dtype=dtype, device=device))
         self.layers = nn.ModuleList(Layer(config, i, dtype, device) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
-        self.lm_head = (
-            None if config.tie_embeddings else nn.Parameter(torch.empty(size, dtype=dtype, device=device))
-        )
+        self.lm_head = None if config.tie_embeddings else nn.Parameter(torch.empty(size, dtype=dtype, device=device))
         self.rotary = Rotary(config.rope, config.head_dim, device)
 
     def forward(self, token_ids: torch.Tensor, step: Step) -> torch.Tensor:
@@ -126,7 +124,10 @@ class Decoder(nn.Module):
 
         Loading, publishing and saving all go through these views: copying into one changes the served weights.
         """
-        views = {"model.embed_tokens.weight": self.embed_tokens.data, "model.norm.weight": self.norm.weight.data}
+        views = {
+            "model.embed_tokens.weight": self.embed_tokens.data,
+            "model.norm.weight": self.norm.weight.data,
+        }
         if self.lm_head is not None:
             views["lm_head.weight"] = self.lm_head.data
         for path, module in self.layers.named_modules(prefix="model.layers"):

@@ -39,7 +39,7 @@ class PlanBuilder:
         self.tokens = 0
 
     def add(self, request: Request, count: int) -> None:
-        """Compute the next `count` known tokens of a running request that has pages for them, and sample after the last.
+        """Compute the next `count` known tokens of a request that has pages for them, and sample after the last known.
 
         A chunk that stops short of the last known token samples nothing.
         """
@@ -105,4 +105,3 @@ class PlanBuilder:
         first = start // size
         touched = np.array(pages[first : (start + count - 1) // size + 1])
         return touched[positions // size - first] * size + positions % size
-

@@ -267,7 +267,11 @@ class Scheduler:
                 f"prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}, together more than the "
                 f"{self.max_len} that a request may hold"
             )
-        named = {"prompt": prompt, "stop_token_ids": params.stop_token_ids, "logit_bias": tuple(params.logit_bias)}
+        named = {
+            "prompt": prompt,
+            "stop_token_ids": params.stop_token_ids,
+            "logit_bias": tuple(params.logit_bias),
+        }
         for name, ids in named.items():
             ids = np.asarray(ids, np.int64)
             if len(wrong := ids[(ids < 0) | (ids >= self.vocab_size)]):

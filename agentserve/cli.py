@@ -1,0 +1,107 @@
+"""The `agentserve` command. Flags of `serve` are the fields of `EngineConfig` and `ServerConfig`."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any, get_args, get_type_hints
+
+import msgspec
+import typer
+
+from agentserve.config import EngineConfig, ServerConfig
+
+app = typer.Typer(
+    help="Serve, build and train LLM agents.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _parameter(field: msgspec.structs.FieldInfo, annotation: Any) -> inspect.Parameter:
+    # `Annotated[type, "help"]` of a config field as a typer option; a field without default is an argument
+    kind, help_text = get_args(annotation)
+    if field.required:
+        option = typer.Argument(help=help_text, metavar=field.name.upper())
+        default = inspect.Parameter.empty
+    else:
+        option = typer.Option(help=help_text)
+        default = field.default
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
+    )
+
+
+def _flags(*configs: type[msgspec.Struct]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    # turn a function of config instances into one whose parameters are the configs' fields
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        def command(**values: Any) -> None:
+            made = []
+            for config in configs:
+                names = config.__struct_fields__
+                try:
+                    made.append(config(**{name: values[name] for name in names}))
+                except ValueError as error:
+                    raise typer.BadParameter(str(error)) from None
+            function(*made)
+
+        parameters = [
+            _parameter(field, get_type_hints(config, include_extras=True)[field.name])
+            for config in configs
+            for field in msgspec.structs.fields(config)
+        ]
+        command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        command.__name__, command.__doc__ = function.__name__, function.__doc__
+        return command
+
+    return decorate
+
+
+@app.command()
+@_flags(EngineConfig, ServerConfig)
+def serve(engine: EngineConfig, server: ServerConfig) -> None:
+    """Serve a model over HTTP: OpenAI's API, sessions, metrics."""
+    from agentserve.server.app import serve as run  # heavy imports only when they are needed
+    from agentserve.tokenizer import resolve_model_dir
+
+    try:
+        directory = resolve_model_dir(engine.model_dir)
+    except FileNotFoundError as error:
+        raise typer.BadParameter(str(error), param_hint="MODEL_DIR") from None
+    name = server.served_model_name or (engine.model_dir if engine.model_dir == "demo" else directory.name)
+    run(
+        msgspec.structs.replace(engine, model_dir=str(directory)),
+        msgspec.structs.replace(server, served_model_name=name),
+    )
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def sandbox(context: typer.Context) -> None:
+    """Run the sandbox service (the same as `python -m sandbox`)."""
+    # the sandbox is a service of its own, so it is started, not imported
+    os.execv(sys.executable, [sys.executable, "-m", "sandbox", *context.args])
+
+
+@app.command()
+def version() -> None:
+    """Print the versions of agentserve and of what it runs on."""
+    import importlib.metadata as metadata
+    import platform
+
+    typer.echo(f"agentserve {metadata.version('agentserve')}, Python {platform.python_version()}")
+    for name in ("torch", "triton", "transformers", "xgrammar"):
+        try:
+            typer.echo(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            typer.echo(f"{name} not installed")
+
+
+def main() -> None:
+    """Entry point of the `agentserve` command."""
+    app()

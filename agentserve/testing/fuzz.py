@@ -1,0 +1,165 @@
+"""Random arrivals, aborts, flushes and weight updates against a scheduler on the fake model.
+
+After every step the accounts must balance, and every reply must be what the oracle says. A seed repeats a run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from agentserve.core import MAX_SEED, SamplingParams, TokenOutput
+from agentserve.scheduler import QueueFull, Scheduler
+from agentserve.testing.fake_model import FakeRunner, oracle
+
+
+@dataclass(frozen=True)
+class FuzzConfig:
+    """One arrangement to fuzz; small pools make evictions and retractions frequent."""
+
+    num_pages: int = 48
+    page_size: int = 4
+    max_batch_tokens: int = 24
+    max_running: int = 6
+    max_waiting: int = 12
+    max_len: int = 128
+    vocab_size: int = 50
+    overlap: bool = True
+    arrival: float = 0.35
+    abort: float = 0.08
+    flush: float = 0.01
+    update: float = 0.005
+
+
+@dataclass
+class _Expected:
+    prompt: list[int]
+    params: SamplingParams
+    tokens: list[int] = field(default_factory=list)
+    aborted: bool = False
+
+
+@dataclass
+class Fuzz:
+    """A fuzz run. `step` does one random thing and one scheduler step; `drain` lets everything end."""
+
+    config: FuzzConfig
+    seed: int
+    finished: dict[str, int] = field(default_factory=dict)
+    refused: int = 0
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.rng = np.random.default_rng(self.seed)
+        self.runner = FakeRunner(
+            num_pages=config.num_pages,
+            page_size=config.page_size,
+            max_running=config.max_running,
+            max_len=config.max_len,
+            vocab_size=config.vocab_size,
+        )
+        self.scheduler = Scheduler(
+            self.runner,
+            num_pages=config.num_pages,
+            page_size=config.page_size,
+            max_len=config.max_len,
+            vocab_size=config.vocab_size,
+            eos_ids=(0,),
+            max_batch_tokens=config.max_batch_tokens,
+            max_running=config.max_running,
+            max_waiting=config.max_waiting,
+            overlap=config.overlap,
+        )
+        self.prefixes = [self._ids(int(n)) for n in self.rng.integers(1, config.max_len // 2, 6)]
+        self.expected: dict[str, _Expected] = {}
+        self.ended: list[str] = []
+        self.arrivals = 0
+
+    def step(self) -> None:
+        """Perhaps an arrival, an abort, a flush or an update; then a step, and every check."""
+        config = self.config
+        if self.rng.random() < config.arrival:
+            self._arrive()
+        if self.rng.random() < config.abort:
+            self._abort()
+        if self.rng.random() < config.flush:
+            self.scheduler.flush_cache()
+        if self.rng.random() < config.update:
+            self.scheduler.update_weights(self.scheduler.manager.weight_version + 1, {})
+        self._step()
+
+    def drain(self, limit: int = 10_000) -> None:
+        """Step until nothing is left; AssertionError if that takes more than `limit` steps."""
+        for _ in range(limit):
+            if not self.scheduler.has_work:
+                break
+            self._step()
+        assert not self.scheduler.has_work, "requests are left that never end"
+        assert not self.expected, "a request ended without a word"
+        self.scheduler.step()  # nothing is in flight: what has retired is free again
+        stats = self.scheduler.stats()
+        assert stats.pages_free + stats.pages_cached == stats.pages_total, "pages leaked"
+
+    def _step(self) -> None:
+        for output in self.scheduler.step():
+            self._take(output)
+        self.scheduler.check()
+        self.runner.poison(self.scheduler.manager.pool.snapshot()[0])
+
+    def _arrive(self) -> None:
+        self.arrivals += 1
+        name = f"request-{self.arrivals}"
+        prompt = list(self.prefixes[self.rng.integers(len(self.prefixes))])
+        prompt = prompt[: int(self.rng.integers(1, len(prompt) + 1))] + self._ids(int(self.rng.integers(0, 12)))
+        room = self.config.max_len - len(prompt)
+        params = SamplingParams(
+            max_tokens=int(self.rng.integers(1, min(room, 40) + 1)),
+            temperature=float(self.rng.random() < 0.5),
+            seed=int(self.rng.integers(MAX_SEED)),
+            ignore_eos=bool(self.rng.random() < 0.5),
+        )
+        try:
+            self.scheduler.add(name, np.array(prompt, np.int32), params)
+        except QueueFull:
+            self.refused += 1
+        else:
+            self.expected[name] = _Expected(prompt, params)
+
+    def _abort(self) -> None:
+        choice = self.rng.random()
+        if choice < 0.1:
+            self.scheduler.abort("nobody")
+        elif choice < 0.2 and self.ended:
+            self.scheduler.abort(self.ended[-1])
+        elif self.expected:
+            name = list(self.expected)[self.rng.integers(len(self.expected))]
+            self.expected[name].aborted = True
+            for _ in range(1 + (choice < 0.4)):
+                self.scheduler.abort(name)
+
+    def _take(self, output: TokenOutput) -> None:
+        expected = self.expected[output.request_id]
+        expected.tokens += output.token_ids
+        assert output.cached_tokens < len(expected.prompt), "the last prompt token must be computed"
+        if output.finish_reason is None:
+            return
+        del self.expected[output.request_id]
+        self.ended.append(output.request_id)
+        self.finished[output.finish_reason] = self.finished.get(output.finish_reason, 0) + 1
+        params = expected.params
+        want = oracle(
+            expected.prompt,
+            params.max_tokens,
+            self.config.vocab_size,
+            seed=params.seed or 0,
+            greedy=params.temperature == 0,
+            stop_ids=() if params.ignore_eos else (0,),
+        )
+        if output.finish_reason == "abort":
+            assert expected.aborted, f"{output.request_id} was aborted by nobody"
+            want = want[: len(expected.tokens)]
+        assert expected.tokens == want, f"{output.request_id} says {expected.tokens}, should say {want}"
+
+    def _ids(self, count: int) -> list[int]:
+        return self.rng.integers(1, self.config.vocab_size, count).tolist()
