@@ -1,0 +1,1 @@
+"""Sessions: append-only token logs, how new messages are spliced on, who holds them and for how long."""
