@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, TypeAlias, TypeVar, Unpack
 
@@ -227,7 +228,7 @@ class AsyncAgent:
         assert result is not None
         return result
 
-    async def stream(
+    def stream(
         self,
         task: str,
         *,
@@ -236,8 +237,7 @@ class AsyncAgent:
         metadata: Mapping[str, str] | None = None,
     ) -> AsyncGenerator[Event, None]:
         """Like `run`, as events; the last one is `Done`. To stop early, close it (`contextlib.aclosing`)."""
-        async for event in self._drive(task, files, seed, metadata, stream=True):
-            yield event
+        return self._drive(task, files, seed, metadata, stream=True)
 
     async def _drive(
         self,
@@ -262,11 +262,12 @@ class AsyncAgent:
                 messages: list[Message] = [{"role": "user", "content": task}]
                 while status == "max_turns" and len(turns) < self.max_turns:
                     reply: Turn | None = None
-                    async for part in self._turn(session, messages, seed, stream):
-                        if isinstance(part, Delta):
-                            yield TextDelta(part.text)
-                        else:
-                            reply = part
+                    async with aclosing(self._turn(session, messages, seed, stream)) as parts:
+                        async for part in parts:
+                            if isinstance(part, Delta):
+                                yield TextDelta(part.text)
+                            else:
+                                reply = part
                     assert reply is not None
                     # A cut reply ends the run: a call in it may be cut too.
                     calls = () if reply.finish_reason == "length" else reply.tool_calls
@@ -308,8 +309,9 @@ class AsyncAgent:
     ) -> AsyncGenerator[Delta | Turn, None]:
         sampling = self.sampling if seed is None else Sampling({**self.sampling, "seed": seed})
         if stream:
-            async for part in session.stream_turn(messages, **sampling):
-                yield part
+            async with aclosing(session.stream_turn(messages, **sampling)) as parts:
+                async for part in parts:
+                    yield part
         else:
             yield await session.turn(messages, **sampling)
 

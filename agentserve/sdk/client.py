@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 import httpx
@@ -224,10 +225,12 @@ class AsyncSession:
     ) -> AsyncGenerator[Delta | Turn, None]:
         """Like `turn`, yielding each `Delta` as it is sampled and the whole `Turn` last."""
         body = _turn_body(messages, token_ids, sampling) | {"stream": True}
-        async for event in self.client._events(f"/v1/sessions/{self.id}/turns", body):
-            if "error" in event:
-                raise _error_from(event["error"], 500)
-            yield msgspec.convert(event, Turn if event.get("type") == "turn" else Delta)
+        # A stream that is left early closes its connection here, and the server aborts the request.
+        async with aclosing(self.client._events(f"/v1/sessions/{self.id}/turns", body)) as events:
+            async for event in events:
+                if "error" in event:
+                    raise _error_from(event["error"], 500)
+                yield msgspec.convert(event, Turn if event.get("type") == "turn" else Delta)
 
     async def log(self, *, tokens: bool = False) -> SessionLog:
         """The session's turns and segments; with `tokens`, every id, its mask, logprob and weight version."""

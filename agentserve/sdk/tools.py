@@ -7,6 +7,8 @@ Which calls are made, and when, is the agent's business.
 from __future__ import annotations
 
 import asyncio
+import copy
+import functools
 import inspect
 import re
 import time
@@ -87,8 +89,8 @@ class Tool(Generic[P, R]):
         self.timeout_s = timeout_s
         self.needs_sandbox = needs_sandbox
         self.max_output_chars = max_output_chars
-        self._arguments, self._takes_context = _arguments_struct(self.name, function, described)
-        self.parameters = _schema(self._arguments)
+        made = _arguments_struct(self.name, function, described)
+        self._arguments, self.parameters, self._takes_context = made
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.function(*args, **kwargs)
@@ -239,8 +241,8 @@ def _as_text(result: Any) -> str:
 
 def _arguments_struct(
     name: str, function: Callable[..., Any], described: Mapping[str, str]
-) -> tuple[type[msgspec.Struct], bool]:
-    """A struct type with the function's parameters as fields, and whether the first one is the context."""
+) -> tuple[type[msgspec.Struct], dict[str, Any], bool]:
+    """A struct type of the function's parameters, its JSON schema, and whether the first one is the context."""
     # Names in hints are looked up in the function's module and, for functions made in functions, its closure.
     closure = inspect.getclosurevars(function).nonlocals if inspect.isfunction(function) else {}
     try:
@@ -250,6 +252,7 @@ def _arguments_struct(
     parameters = list(inspect.signature(function).parameters.values())
     takes_context = bool(parameters) and hints.get(parameters[0].name) is Context
     fields: list[Any] = []
+    defaults: dict[str, Any] = {}
     for parameter in parameters[takes_context:]:
         where = f"tool {name!r}, parameter {parameter.name!r}"
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
@@ -260,14 +263,16 @@ def _arguments_struct(
         if parameter.default is parameter.empty:
             fields.append((parameter.name, hint))
         else:
-            fields.append((parameter.name, hint, parameter.default))
+            # A fresh copy for every call: a function may change a list that it was handed.
+            fresh = msgspec.field(default_factory=functools.partial(copy.deepcopy, parameter.default))
+            fields.append((parameter.name, hint, fresh))
+            defaults[parameter.name] = parameter.default
     try:
         struct = msgspec.defstruct(name.replace("-", "_"), fields, kw_only=True, forbid_unknown_fields=True)
-        msgspec.json.schema(struct)
         msgspec.json.Decoder(struct)
+        return struct, _schema(struct, defaults), takes_context
     except TypeError as error:
         raise TypeError(f"tool {name!r}: a parameter's type has no JSON schema: {error}") from error
-    return struct, takes_context
 
 
 _LOCALS = {"Context": Context}
@@ -286,12 +291,15 @@ def _annotated(hint: Any, description: str | None) -> Any:
     return Annotated[hint, msgspec.Meta(description=description)] if description else hint
 
 
-def _schema(struct: type[msgspec.Struct]) -> dict[str, Any]:
+def _schema(struct: type[msgspec.Struct], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """The struct's JSON schema with its fields at the top, no titles and a fixed order of keys."""
     whole = msgspec.json.schema(struct)
     definitions = dict(whole.get("$defs", {}))
     top = _without_titles(definitions.pop(struct.__name__))
-    made = {"type": "object", "properties": top["properties"], "required": top.get("required", [])}
+    properties = top["properties"]
+    for key, default in defaults.items():
+        properties[key] = properties[key] | {"default": msgspec.to_builtins(default)}
+    made = {"type": "object", "properties": properties, "required": top.get("required", [])}
     if definitions:
         made["$defs"] = {key: _without_titles(definitions[key]) for key in sorted(definitions)}
     return made

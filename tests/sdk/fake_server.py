@@ -116,7 +116,7 @@ class FakeServer:
         cut = text[: body.get("max_tokens", 10_000)]
         sampled = session.append(cut, "assistant", self.version)
         calls = [json.loads(c) for c in re.findall(r"<tool_call>\n(.*?)\n</tool_call>", cut, flags=re.DOTALL)]
-        content = re.sub(r"<tool_call>\n.*?\n</tool_call>", "", cut, flags=re.DOTALL).strip(END + "\n")
+        content = re.sub(r"<tool_call>\n.*?\n</tool_call>", "", cut, flags=re.DOTALL).strip(END + "\n ")
         message: dict[str, Any] = {"role": "assistant", "content": content or None}
         if calls:
             message["tool_calls"] = [
@@ -203,8 +203,8 @@ class FakeServer:
 
         @app.get("/v1/sessions")
         async def listing() -> dict[str, Any]:
-            entries = [{"id": s.id, "status": s.status, "turns": len(s.turns)} for s in self.sessions.values()]
-            return {"data": entries}
+            listed = self.sessions.values()
+            return {"data": [{"id": s.id, "status": s.status, "turns": len(s.turns)} for s in listed]}
 
         @app.get("/v1/sessions/{session_id}")
         async def log(session_id: str, tokens: bool = False) -> dict[str, Any]:
@@ -260,6 +260,8 @@ class FakeSandbox:
     alive: dict[str, dict[str, bytes]] = field(default_factory=dict)
     created: int = 0
     commands: list[Any] = field(default_factory=list)
+    creating: asyncio.Event = field(default_factory=asyncio.Event)
+    executing: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def create(self, *, ttl_s: float | None = None) -> Any:
         if self.broken:
@@ -268,11 +270,13 @@ class FakeSandbox:
         self.created += 1
         sandbox_id = f"box_{self.created}"
         self.alive[sandbox_id] = {}
+        self.creating.set()
         await asyncio.sleep(self.create_delay_s)
         return SimpleNamespace(id=sandbox_id)
 
     async def exec(self, sandbox_id: str, command: Any, *, stdin: Any = None, **_: Any) -> Any:
         self.commands.append(command)
+        self.executing.set()
         await asyncio.sleep(self.delay_s)
         code, stdout, stderr = self.run(command, stdin, self.alive[sandbox_id])
         status = self.status or ("ok" if code == 0 else "tool_error")

@@ -108,7 +108,9 @@ KINDS = st.recursive(
 @settings(max_examples=60, deadline=None)
 @given(st.data(), st.lists(KINDS, min_size=1, max_size=4), st.integers(0, 4))
 def test_schema_and_call_of_any_signature(data: st.DataObject, kinds: list[Any], optional: int):
-    """The schema is the plain reading of the hints; values of those types arrive unchanged, others never do."""
+    """The schema is the plain reading of the hints; values of those types arrive unchanged, others never
+    do.
+    """
     required = kinds[: max(0, len(kinds) - optional)]
     seen: dict[str, Any] = {}
 
