@@ -1,0 +1,161 @@
+"""Starting the service: ``python -m sandbox``, and `serve`, which other command lines call. Flags and the process's life
+are here; what is served is in `service`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import os
+import signal
+import socket
+import sys
+from typing import Annotated
+
+import typer
+import uvicorn
+
+from sandbox.backends.base import IsolationUnavailable
+from sandbox.manager import Manager
+from sandbox.policy import ServiceConfig
+from sandbox.schema import Limits
+from sandbox.service import create_app
+
+EXIT_NOT_ISOLATED = 3
+
+
+class _Server(uvicorn.Server):
+    """Says where it listens once it does, and ends running commands before it waits for their replies."""
+
+    def __init__(self, config: uvicorn.Config, manager: Manager, url: str) -> None:
+        super().__init__(config)
+        self.manager = manager
+        self.url = url
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            print(f"sandbox listening on {self.url}", flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.manager.stop_execs("shutdown")
+        await super().shutdown(sockets)
+
+
+def run(config: ServiceConfig) -> int:
+    """Serve until SIGTERM or SIGINT. Returns the exit status: 0, or EXIT_NOT_ISOLATED when nothing was served."""
+    try:
+        loopback = config.host == "localhost" or ipaddress.ip_address(config.host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback and not config.token:
+        print(
+            f"sandbox: refusing to listen on {config.host} without a token: anybody who can reach it could run commands. "
+            "Give --token or AGENTSERVE_SANDBOX_TOKEN.",
+            file=sys.stderr,
+        )
+        return 2
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    # The protocol must be named: asyncio turns Nagle's delay (40 ms a reply) off only for sockets that say TCP.
+    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((config.host, config.port))
+        except OSError as error:
+            print(f"sandbox: cannot listen on {config.host}:{config.port}: {error.strerror}", file=sys.stderr)
+            return 2
+        return asyncio.run(_serve(config, listener))
+
+
+async def _serve(config: ServiceConfig, listener: socket.socket) -> int:
+    # Until uvicorn takes the signals over, they must still lead through our cleaning up.
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, task.cancel)
+    manager = Manager(config)
+    try:
+        try:
+            await manager.start()
+        except IsolationUnavailable as error:
+            print(f"sandbox: not started, because this machine cannot isolate: {error}", file=sys.stderr)
+            if error.remedy:
+                print(f"sandbox: try: {error.remedy}", file=sys.stderr)
+            return EXIT_NOT_ISOLATED
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        url = f"http://{host}:{listener.getsockname()[1]}"
+        settings = uvicorn.Config(
+            create_app(manager=manager),
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=5,
+            lifespan="on",
+            loop="asyncio",
+            server_header=False,
+        )
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+        server = _Server(settings, manager, url)
+        with _quiet_signals():
+            await server.serve(sockets=[listener])
+        return 0
+    except asyncio.CancelledError:
+        return 0
+    finally:
+        await manager.close()
+
+
+class _quiet_signals:
+    """uvicorn raises the signal that ended it once more after shutting down; by then nothing should happen but our
+    cleaning up, so the handlers it will restore ignore it."""
+
+    def __enter__(self) -> None:
+        self.old = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def __exit__(self, *_: object) -> None:
+        pass  # still ignored while the manager closes; the process ends right after
+
+
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on; other than loopback needs a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 lets the system choose.")] = 8900,
+    backend: Annotated[str, typer.Option(help="How to isolate: bubblewrap.")] = "bubblewrap",
+    token: Annotated[
+        str | None, typer.Option(envvar="AGENTSERVE_SANDBOX_TOKEN", help="Bearer token that clients must send.")
+    ] = None,
+    state_dir: Annotated[str | None, typer.Option(help="Where workspaces and locks live.")] = None,
+    python: Annotated[str, typer.Option(help="The python3 inside: auto, system or prefix.")] = "auto",
+    workspace: Annotated[str, typer.Option(help="Workspaces on: auto, tmpfs or directory.")] = "auto",
+    cgroups: Annotated[str, typer.Option(help="Control groups: auto or off.")] = "auto",
+    max_sandboxes: Annotated[int, typer.Option(help="Sandboxes that may exist at once.")] = 256,
+    max_concurrent_execs: Annotated[int, typer.Option(help="Commands that run at once; more wait.")] = max(
+        4, 2 * (os.cpu_count() or 1)
+    ),
+    max_queued_execs: Annotated[int, typer.Option(help="Commands that may wait; more get 429.")] = 1024,
+    memory_mb: Annotated[int, typer.Option(help="Default memory of a sandbox.")] = 512,
+    disk_mb: Annotated[int, typer.Option(help="Default size of a workspace.")] = 256,
+) -> None:
+    """Serve isolated sandboxes over HTTP. Ends with status 3 where isolation cannot be had."""
+    config = ServiceConfig(
+        host=host,
+        port=port,
+        backend=backend,
+        token=token,
+        state_dir=state_dir,
+        python=python,
+        workspace=workspace,
+        cgroups=cgroups,
+        max_sandboxes=max_sandboxes,
+        max_concurrent_execs=max_concurrent_execs,
+        max_queued_execs=max_queued_execs,
+        default_limits=Limits(memory_mb=memory_mb, disk_mb=disk_mb),
+    )
+    raise SystemExit(run(config))
+
+
+def main() -> None:
+    typer.run(serve)
+
+
+if __name__ == "__main__":
+    main()

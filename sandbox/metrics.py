@@ -1,0 +1,30 @@
+"""The service's Prometheus metrics, in a registry of their own. What they count is decided where they are used."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 600)
+
+
+class Metrics:
+    """One set of metrics per service."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        made = {"registry": self.registry}
+        self.sandboxes = Gauge("sandbox_live", "Sandboxes that exist now.", **made)
+        self.created = Counter("sandbox_created", "Sandboxes made.", **made)
+        self.ended = Counter("sandbox_ended", "Sandboxes ended, by reason.", ["reason"], **made)
+        self.running = Gauge("sandbox_execs_running", "Commands running now.", **made)
+        self.queued = Gauge("sandbox_execs_queued", "Commands waiting for their turn now.", **made)
+        self.execs = Counter("sandbox_execs", "Commands that ended, by status.", ["status"], **made)
+        self.refused = Counter("sandbox_refused", "Requests refused because something was full.", ["what"], **made)
+        self.duration = Histogram("sandbox_exec_seconds", "Running time of commands.", buckets=_SECONDS, **made)
+        self.waiting = Histogram("sandbox_exec_queue_seconds", "Time commands waited.", buckets=_SECONDS, **made)
+        self.dropped = Counter("sandbox_output_dropped_bytes", "Output bytes not kept.", **made)
+        self.oom_kills = Counter("sandbox_oom_kills", "Processes the kernel killed for memory_mb.", **made)
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)

@@ -1,0 +1,333 @@
+"""The HTTP face: routes, bodies, errors, server-sent events. What the calls mean is the manager's.
+
+JSON bodies are decoded by msgspec into `schema`; every error leaves as ``{"error": {"type", "message", "field"}}``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import TypeVar
+from urllib.parse import unquote_to_bytes
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from sandbox import metrics
+from sandbox.manager import Manager
+from sandbox.output import StreamDecoder
+from sandbox.policy import ServiceConfig
+from sandbox.schema import (
+    CreateRequest,
+    ErrorBody,
+    ErrorReply,
+    ExecRequest,
+    ExecResult,
+    SandboxError,
+    SandboxList,
+)
+
+_PING_S = 10.0
+_encode = msgspec.json.encode
+_T = TypeVar("_T")
+_FIELD = re.compile(r" - at `\$\.?([^`]*)`$")
+_UNKNOWN = re.compile(r"unknown field `([^`]*)`")
+
+
+def create_app(config: ServiceConfig | None = None, manager: Manager | None = None) -> FastAPI:
+    """The service as an ASGI application.
+
+    A `manager` that is given is started and closed by the caller; otherwise the application's lifespan makes one from
+    `config`, and raises IsolationUnavailable where isolation cannot be had.
+    """
+    config = manager.config if manager is not None else config or ServiceConfig()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.manager = manager or Manager(config)
+        if manager is None:
+            await app.state.manager.start()
+        try:
+            yield
+        finally:
+            if manager is None:
+                await app.state.manager.close()
+
+    app = FastAPI(title="sandbox", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
+    if manager is not None:
+        app.state.manager = manager
+    app.add_middleware(_Guard, token=config.token)
+    app.add_exception_handler(SandboxError, _on_sandbox_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(Exception, _on_bug)
+    _add_routes(app, config)
+    return app
+
+
+def _add_routes(app: FastAPI, config: ServiceConfig) -> None:
+    def manager() -> Manager:
+        return app.state.manager
+
+    @app.get("/health")
+    async def health() -> Response:
+        report = manager().health()
+        return _json(report, 200 if report.status == "ok" else 503)
+
+    @app.get("/metrics")
+    async def prometheus() -> Response:
+        return Response(manager().metrics.text(), media_type=metrics.CONTENT_TYPE)
+
+    @app.get("/v1/capabilities")
+    async def capabilities() -> Response:
+        return _json(manager().backend.capabilities(config.default_limits, config.max_limits))
+
+    @app.post("/v1/sandboxes")
+    async def create(request: Request) -> Response:
+        body = await _body(request, 1 << 20)
+        return _json(await manager().create(_decode(body or b"{}", CreateRequest)), 201)
+
+    @app.get("/v1/sandboxes")
+    async def list_sandboxes() -> Response:
+        return _json(SandboxList(manager().list()))
+
+    @app.get("/v1/sandboxes/{sandbox_id}")
+    async def get(sandbox_id: str) -> Response:
+        return _json(manager().get(sandbox_id))
+
+    @app.delete("/v1/sandboxes/{sandbox_id}")
+    async def delete(sandbox_id: str) -> Response:
+        await manager().delete(sandbox_id)
+        return Response(status_code=204)
+
+    @app.post("/v1/sandboxes/{sandbox_id}/exec")
+    async def execute(sandbox_id: str, request: Request) -> Response:
+        manager().get(sandbox_id)  # before a large body is read
+        command = _decode(await _body(request, config.max_request_bytes), ExecRequest)
+        if "text/event-stream" in request.headers.get("accept", ""):
+            return await _EventStream.begin(manager(), sandbox_id, command)
+        stop: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        async with _watch_disconnect(request.receive, stop):
+            return _json(await manager().run(sandbox_id, command, stop))
+
+    @app.get("/v1/sandboxes/{sandbox_id}/files")
+    async def list_files(sandbox_id: str, path: str = ".") -> Response:
+        return _json(await manager().use(sandbox_id).list_files(path.encode("utf-8", "surrogateescape")))
+
+    @app.get("/v1/sandboxes/{sandbox_id}/files/{path:path}")
+    async def read_file(sandbox_id: str, request: Request) -> Response:
+        data = await manager().use(sandbox_id).read_file(_file_path(request), config.max_file_bytes)
+        return Response(data, media_type="application/octet-stream")
+
+    @app.put("/v1/sandboxes/{sandbox_id}/files/{path:path}")
+    async def write_file(sandbox_id: str, request: Request, mode: str = "644") -> Response:
+        if not re.fullmatch(r"0?[0-7]{3}", mode):
+            raise SandboxError(400, "invalid_request", f"mode is {mode!r}; three octal digits, like 644 or 755", "mode")
+        manager().get(sandbox_id)
+        data = await _body(request, config.max_file_bytes)
+        created = await manager().use(sandbox_id).write_file(_file_path(request), data, int(mode, 8))
+        return Response(status_code=201 if created else 204)
+
+    @app.delete("/v1/sandboxes/{sandbox_id}/files/{path:path}")
+    async def delete_file(sandbox_id: str, request: Request) -> Response:
+        await manager().use(sandbox_id).delete_file(_file_path(request))
+        return Response(status_code=204)
+
+
+# -- bodies, errors ----------------------------------------------------------------------------------------------
+
+
+def _json(value: object, status: int = 200) -> Response:
+    return Response(_encode(value), status, media_type="application/json")
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    """The whole body, or 413 as soon as it is known to be larger than `limit` bytes."""
+    too_large = SandboxError(413, "too_large", f"the body is larger than {limit} bytes")
+    declared = request.headers.get("content-length")
+    if declared is not None and declared.isdigit() and int(declared) > limit:
+        raise too_large
+    chunks = bytearray()
+    async for chunk in request.stream():
+        chunks += chunk
+        if len(chunks) > limit:
+            raise too_large
+    return bytes(chunks)
+
+
+def _decode(body: bytes, kind: type[_T]) -> _T:
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        message = str(error)
+        unknown, at = _UNKNOWN.search(message), _FIELD.search(message)
+        inside = at.group(1) if at else ""
+        name = f"{inside}.{unknown.group(1)}".lstrip(".") if unknown else inside
+        raise SandboxError(400, "invalid_request", message, name or None) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise SandboxError(400, "invalid_json", f"the body is not JSON: {error}") from error
+
+
+def _file_path(request: Request) -> bytes:
+    """The path after /files/ as the bytes that were sent: names need not be UTF-8."""
+    return unquote_to_bytes(request.scope["raw_path"].split(b"/files/", 1)[1])
+
+
+def _error(error: SandboxError) -> Response:
+    reply = _json(ErrorReply(ErrorBody(error.type, error.message, error.field)), error.status)
+    if error.status in (429, 503):
+        reply.headers["retry-after"] = "1"
+    if error.status == 401:
+        reply.headers["www-authenticate"] = "Bearer"
+    return reply
+
+
+async def _on_sandbox_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, SandboxError)
+    return _error(error)
+
+
+async def _on_http_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    kind = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+    return _error(SandboxError(error.status_code, kind, str(error.detail)))
+
+
+async def _on_bug(_: Request, error: Exception) -> Response:
+    return _error(SandboxError(500, "internal_error", f"{type(error).__name__}; see the service's log"))
+
+
+class _Guard:
+    """Bearer token, compared in constant time. /health stays open."""
+
+    def __init__(self, app: ASGIApp, token: str | None) -> None:
+        self.app = app
+        self.expected = f"Bearer {token}".encode() if token else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self.expected is not None and scope["path"] != "/health":
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, self.expected):
+                reply = _error(SandboxError(401, "unauthorized", "send the service's token: Authorization: Bearer …"))
+                await reply(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+# -- streams -----------------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def _watch_disconnect(receive: Receive, stop: asyncio.Future[str]) -> AsyncIterator[None]:
+    """While inside, a client that goes away sets `stop`."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        if not stop.done():
+            stop.set_result("disconnect")
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watcher.cancel()
+        with suppress(asyncio.CancelledError):
+            await watcher
+
+
+class _EventStream(Response):
+    """An exec as server-sent events. It ends with `exit` or `error`; a stream without either was cut off.
+
+    Output is passed on as it comes until the head of the buffer is full; the kept tail follows before `exit`. So a slow
+    reader costs a bounded amount of memory and never stalls the command.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, run: Callable[[asyncio.Future[str], _EventStream], Awaitable[ExecResult]]) -> None:
+        super().__init__()
+        del self.headers["content-length"]
+        self.headers["cache-control"] = "no-store"
+        loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[tuple[str, object] | None] = asyncio.Queue()
+        self._decoders = {"stdout": StreamDecoder(), "stderr": StreamDecoder()}
+        self._sent = {"stdout": 0, "stderr": 0}  # characters
+        self._stop: asyncio.Future[str] = loop.create_future()
+        self.started: asyncio.Future[None] = loop.create_future()
+        self._task = loop.create_task(self._run(run))
+
+    @classmethod
+    async def begin(cls, manager: Manager, sandbox_id: str, command: ExecRequest) -> _EventStream:
+        """Refusals are ordinary error replies: the stream begins only when the command was accepted."""
+
+        async def run(stop: asyncio.Future[str], stream: _EventStream) -> ExecResult:
+            return await manager.run(sandbox_id, command, stop, stream.on_output, stream.on_start)
+
+        manager.check(sandbox_id, command)
+        return cls(run)
+
+    def on_start(self, exec_id: str) -> None:
+        self._events.put_nowait(("start", {"exec_id": exec_id}))
+
+    def on_output(self, name: str, data: bytes) -> None:
+        text = self._decoders[name].feed(data)
+        if text:
+            self._sent[name] += len(text)
+            self._events.put_nowait((name, {"text": text, "skipped": 0}))
+
+    async def _run(self, run: Callable[[asyncio.Future[str], _EventStream], Awaitable[ExecResult]]) -> None:
+        try:
+            result = await run(self._stop, self)
+            for name in ("stdout", "stderr"):
+                self._send_rest(name, result)
+            summary = msgspec.to_builtins(result)
+            del summary["stdout"], summary["stderr"]
+            self._events.put_nowait(("exit", summary))
+        except SandboxError as error:
+            self._events.put_nowait(("error", ErrorBody(error.type, error.message, error.field)))
+        except Exception as error:
+            self._events.put_nowait(("error", ErrorBody("internal_error", type(error).__name__)))
+            raise
+        finally:
+            self._events.put_nowait(None)
+
+    def _send_rest(self, name: str, result: ExecResult) -> None:
+        """What the result holds beyond what was sent: the end of the head, then the tail after the gap."""
+        text: str = getattr(result, name)
+        cut: int | None = getattr(result, f"{name}_cut")
+        skipped: int = getattr(result, f"{name}_truncated")
+        sent = self._sent[name]
+        if cut is None:
+            if text[sent:]:
+                self._events.put_nowait((name, {"text": text[sent:], "skipped": 0}))
+            return
+        if text[sent:cut]:
+            self._events.put_nowait((name, {"text": text[sent:cut], "skipped": 0}))
+        self._events.put_nowait((name, {"text": text[max(cut, sent) :], "skipped": skipped}))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with _watch_disconnect(receive, self._stop):
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                while (event := await self._next()) is not None:
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            if not self._stop.done():
+                self._stop.set_result("disconnect")
+            with suppress(Exception):
+                await asyncio.shield(self._task)
+
+    async def _next(self) -> bytes | None:
+        try:
+            item = await asyncio.wait_for(self._events.get(), _PING_S)
+        except TimeoutError:
+            item = ("ping", {})
+        if item is None:
+            return None
+        return b"event: " + item[0].encode() + b"\ndata: " + _encode(item[1]) + b"\n\n"
