@@ -8,8 +8,10 @@ calls, roles) is not decided here.
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -69,6 +71,16 @@ class Tokenizer:
         """Token ids of `text`; `add_special_tokens` adds what the tokenizer adds on its own (often a BOS)."""
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
+    def encode_pieces(self, text: str, cuts: Sequence[int]) -> list[list[int]]:
+        """Token ids of `text`, nothing added, split into `len(cuts) + 1` runs.
+
+        Run k ends before the first token that begins at or after character `cuts[k]`; `cuts` must not fall.
+        """
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        starts = [start for start, _ in encoding.offsets]
+        bounds = [0, *(bisect_left(starts, cut) for cut in cuts), len(starts)]
+        return [encoding.ids[low:high] for low, high in pairwise(bounds)]
+
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`, with bytes that are no UTF-8 as U+FFFD. Ids without a token give no text."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
@@ -91,9 +103,7 @@ class Tokenizer:
             ValueError: the model has no chat template, or the template refuses these messages.
         """
         if not self.has_chat_template:
-            raise ValueError(
-                f"{self.model_dir.name} has no chat template: send text or token ids to /v1/completions"
-            )
+            raise ValueError(f"{self.model_dir.name} has no chat template: send text or token ids to /v1/completions")
         import jinja2
 
         try:
@@ -102,9 +112,7 @@ class Tokenizer:
                 add_generation_prompt=add_generation_prompt,
             )  # fmt: skip
         except (jinja2.TemplateError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"the chat template of {self.model_dir.name} refuses the messages: {error}"
-            ) from error
+            raise ValueError(f"the chat template of {self.model_dir.name} refuses the messages: {error}") from error
         return cast(str, text)
 
     @cached_property

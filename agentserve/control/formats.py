@@ -1,4 +1,5 @@
-"""How a model writes a tool call, and how it is read back: `<tool_call>` blocks as Hermes and Qwen write them.
+"""How a model writes a tool call, and how it is read back: `<tool_call>` blocks as Hermes and Qwen write
+them.
 
 Reading never loses text: what looks like a call but is none stays in the content.
 """
@@ -47,8 +48,8 @@ def parse_block(text: str) -> ToolCall | None:
 class ToolCallParser:
     """Reads a reply as it comes: `push` and `finish` give text that is content, and calls that are complete.
 
-    White space between content and a call belongs to the format and is dropped; content before and after calls is
-    joined by a newline. A block that is not a call, or never closed, is content, word for word.
+    White space between content and a call belongs to the format and is dropped; content before and after
+    calls is joined by a newline. A block that is not a call, or never closed, is content, word for word.
     """
 
     def __init__(self) -> None:

@@ -12,9 +12,7 @@ from tokenizer_kit import byte_fallback, byte_level, save
 
 from agentserve.tokenizer import Detokenizer, Tokenizer, resolve_model_dir
 
-RELAXED = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+RELAXED = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TEXT = st.text(alphabet=st.sampled_from('ab <>/{}"é你😀\n\u0301'), max_size=40)
 
 
@@ -78,9 +76,7 @@ def first_stop(text: str, stops: tuple[str, ...]) -> int | None:
 
 
 @RELAXED
-@given(
-    text=TEXT, stops=st.lists(st.text(alphabet="ab <你😀", min_size=1, max_size=4), min_size=1, max_size=3)
-)
+@given(text=TEXT, stops=st.lists(st.text(alphabet="ab <你😀", min_size=1, max_size=4), min_size=1, max_size=3))
 def test_stop_strings_are_cut_exactly(level: Tokenizer, text: str, stops: list[str]) -> None:
     ids = level.encode(text)
     detokenizer = Detokenizer(level, stop=tuple(stops))
@@ -134,9 +130,7 @@ def test_marks_of_tool_calls_survive_where_they_are_special(tmp_path: Path) -> N
     tokenizer = Tokenizer(save(tmp_path, byte_level(special_marks=True)))
     ids = tokenizer.encode("<tool_call>x</tool_call><|im_end|>")
     assert Detokenizer(tokenizer).push(ids) == "x"
-    assert (
-        Detokenizer(tokenizer, keep=("<tool_call>", "</tool_call>")).push(ids) == "<tool_call>x</tool_call>"
-    )
+    assert Detokenizer(tokenizer, keep=("<tool_call>", "</tool_call>")).push(ids) == "<tool_call>x</tool_call>"
 
 
 def test_eos_ids_come_from_the_generation_config_first(tmp_path: Path) -> None:

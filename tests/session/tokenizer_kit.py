@@ -83,30 +83,22 @@ def byte_fallback() -> Tokenizer:
     vocab |= {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
     for piece in ["▁", *words]:
         vocab.setdefault(piece, len(vocab))
-    tokenizer: Any = Tokenizer(
-        models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True, fuse_unk=True)
-    )
+    tokenizer: Any = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    tokenizer.add_special_tokens(
-        [AddedToken(t, special=True, normalized=False) for t in ("<unk>", "<s>", "</s>")]
-    )
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<unk>", "<s>", "</s>")])
     return tokenizer
 
 
-def save(
-    directory: Path, tokenizer: Tokenizer, style: str = "chatml", config: dict[str, Any] | None = None
-) -> Path:
+def save(directory: Path, tokenizer: Tokenizer, style: str = "chatml", config: dict[str, Any] | None = None) -> Path:
     """Write a model directory that has a tokenizer, a template and a config.json, but no weights."""
     directory.mkdir(parents=True, exist_ok=True)
     eos = "<|eot_id|>" if style == "llama3" else "<|im_end|>"
     if tokenizer.token_to_id(eos) is None:
         eos = "</s>"
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=eos, clean_up_tokenization_spaces=False
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, clean_up_tokenization_spaces=False)
     fast.chat_template = STYLES[style]
     fast.save_pretrained(str(directory))
     config = {"model_type": "qwen3", "eos_token_id": tokenizer.token_to_id(eos)} | (config or {})
