@@ -17,7 +17,7 @@ from agentserve.sdk.agent import (
     TurnRecord,
 )
 from agentserve.sdk.client import AsyncClient, AsyncSession
-from agentserve.sdk.context import Context, Sandbox, SandboxError
+from agentserve.sdk.context import Context, Sandbox, SandboxRefusal, SandboxUnavailable
 from agentserve.sdk.sync import BackgroundLoop, Client, Session
 from agentserve.sdk.tools import InfraError, Tool, ToolOutcome, sandbox_tools, tool
 from agentserve.sdk.types import (
@@ -50,7 +50,8 @@ __all__ = [
     "Message",
     "Sampling",
     "Sandbox",
-    "SandboxError",
+    "SandboxRefusal",
+    "SandboxUnavailable",
     "Session",
     "SessionLog",
     "TextDelta",

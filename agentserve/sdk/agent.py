@@ -15,7 +15,7 @@ from typing import Any, Generic, Literal, TypeAlias, TypeVar, Unpack
 import msgspec
 
 from agentserve.sdk.client import AsyncClient, AsyncSession
-from agentserve.sdk.context import Context, SandboxError, SandboxService, connect, finish
+from agentserve.sdk.context import Context, SandboxService, SandboxUnavailable, connect, finish
 from agentserve.sdk.sync import BackgroundLoop, Client, Session
 from agentserve.sdk.tools import Tool, ToolOutcome, ToolStatus, sandbox_tools
 from agentserve.sdk.types import (
@@ -218,8 +218,10 @@ class AsyncAgent:
             metadata: kept with the session on the server, and shown to tools.
 
         Raises:
-            AgentserveError: the server refused the request itself (a wrong option, say). A server or sandbox
-                that fails on the way is no exception but status `infra_error`.
+            AgentserveError: the server refused the request itself (a wrong option, say).
+            SandboxRefusal: the sandbox service refused a file of `files` (its path, its size).
+
+        A server or sandbox that fails on the way is no exception but status `infra_error`.
         """
         result: AgentResult[AsyncSession] | None = None
         async for event in self._drive(task, files, seed, metadata, stream=False):
@@ -284,7 +286,7 @@ class AsyncAgent:
                     elif not calls:
                         status = "length" if reply.finish_reason == "length" else "ok"
                     messages = [_tool_message(record) for record in tools]
-            except SandboxError as failure:
+            except SandboxUnavailable as failure:
                 status, error = "infra_error", str(failure)
             except AgentserveError as failure:
                 if failure.code == "context_length_exceeded" and turns:

@@ -13,8 +13,12 @@ from typing import Any, Protocol, TypeVar
 T = TypeVar("T")
 
 
-class SandboxError(Exception):
-    """The sandbox service failed or could not be reached: an infrastructure failure, not the agent's."""
+class SandboxUnavailable(Exception):
+    """The sandbox service failed, lost the sandbox or could not be reached: not the agent's doing."""
+
+
+class SandboxRefusal(Exception):
+    """The sandbox service refused a call as such: a path outside the workspace, no such file, too large."""
 
 
 class ExecOutcome(Protocol):
@@ -29,7 +33,7 @@ class ExecOutcome(Protocol):
     @property
     def stderr(self) -> str: ...
     @property
-    def duration_s(self) -> float: ...
+    def reason(self) -> str | None: ...
 
 
 class SandboxService(Protocol):
@@ -53,7 +57,7 @@ class SandboxService(Protocol):
 
 
 class Sandbox:
-    """One sandbox of a run. Every failure of the service is a `SandboxError`."""
+    """One sandbox of a run. Calls raise `SandboxRefusal` or `SandboxUnavailable`."""
 
     def __init__(self, service: SandboxService, sandbox_id: str):
         self.service = service
@@ -82,7 +86,8 @@ class Sandbox:
         try:
             return await call
         except Exception as error:
-            raise SandboxError(f"sandbox {self.id}: {error or type(error).__name__}") from error
+            message = f"sandbox {self.id}: {error or type(error).__name__}"
+            raise (SandboxRefusal if _is_refusal(error) else SandboxUnavailable)(message) from error
 
 
 class Context:
@@ -115,14 +120,14 @@ class Context:
         """The run's sandbox, created (with the run's files in it) at the first call.
 
         Raises:
-            SandboxError: the service failed, or the agent has none.
+            SandboxUnavailable: the service failed, or the agent has none.
         """
         async with self._creating:
             if self._closed:
-                raise SandboxError("this run is over and its sandbox deleted")
+                raise SandboxUnavailable("this run is over and its sandbox deleted")
             if self._sandbox is None:
                 if self._service is None:
-                    raise SandboxError("this agent has no sandbox: give Agent(..., sandbox=URL)")
+                    raise SandboxUnavailable("this agent has no sandbox: give Agent(..., sandbox=URL)")
                 # Not cancellable half-way: an answer that nobody waits for would leave a sandbox behind.
                 self._sandbox = await finish(self._create(self._service))
                 for path, data in self._files.items():
@@ -134,7 +139,7 @@ class Context:
         try:
             sandbox = Sandbox(service, (await service.create(**options)).id)
         except Exception as error:
-            raise SandboxError(f"no sandbox could be created: {error or type(error).__name__}") from error
+            raise SandboxUnavailable(f"no sandbox could be created: {error or type(error).__name__}") from error
         self._sandbox = sandbox
         return sandbox
 
@@ -160,6 +165,14 @@ async def finish(work: Coroutine[Any, Any, T]) -> T:
     except asyncio.CancelledError:
         await asyncio.wait([task])
         raise
+
+
+def _is_refusal(error: Exception) -> bool:
+    """By the service's HTTP status: what it found wrong with the call, not with itself or the sandbox's
+    life.
+    """
+    status, kind = getattr(error, "status", None), getattr(error, "type", None)
+    return status in (400, 403, 409, 413) or (status == 404 and kind == "file_not_found")
 
 
 def connect(sandbox: str | SandboxService | None) -> SandboxService | None:

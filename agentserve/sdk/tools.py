@@ -29,7 +29,7 @@ from typing import (
 
 import msgspec
 
-from agentserve.sdk.context import Context, ExecOutcome, SandboxError
+from agentserve.sdk.context import Context, ExecOutcome, SandboxRefusal, SandboxUnavailable
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -118,8 +118,10 @@ class Tool(Generic[P, R]):
             wanted = msgspec.json.encode(self.parameters).decode()
             text = f"invalid arguments for {self.name}: {error}; the schema is {wanted}"
             outcome = ToolOutcome(text=text, status="tool_error")
-        except (InfraError, SandboxError) as error:
+        except (InfraError, SandboxUnavailable) as error:
             outcome = ToolOutcome(text=str(error), status="infra_error")
+        except SandboxRefusal as error:
+            outcome = ToolOutcome(text=str(error), status="tool_error")
         except TimeoutError as error:
             text = f"{self.name} did not end within {self.timeout_s} s" if self.timeout_s else str(error)
             outcome = ToolOutcome(text=text or "timed out", status="timeout")
@@ -206,7 +208,7 @@ def bounded(text: str, limit: int) -> str:
 def _from_exec(result: ExecOutcome, timeout_s: float) -> ToolOutcome:
     status: ToolStatus = result.status  # pyright: ignore[reportAssignmentType]
     if status == "infra_error":
-        return ToolOutcome(text=result.stderr or "the sandbox failed", status=status)
+        return ToolOutcome(text=result.reason or "the sandbox failed", status=status)
     parts = [result.stdout.rstrip("\n"), _last_lines(result.stderr)]
     if status == "timeout":
         parts.append(f"[killed after {timeout_s:g} s]")
@@ -242,7 +244,9 @@ def _as_text(result: Any) -> str:
 def _arguments_struct(
     name: str, function: Callable[..., Any], described: Mapping[str, str]
 ) -> tuple[type[msgspec.Struct], dict[str, Any], bool]:
-    """A struct type of the function's parameters, its JSON schema, and whether the first one is the context."""
+    """A struct type of the function's parameters, its JSON schema, and whether the first one is the
+    context.
+    """
     # Names in hints are looked up in the function's module and, for functions made in functions, its closure.
     closure = inspect.getclosurevars(function).nonlocals if inspect.isfunction(function) else {}
     try:

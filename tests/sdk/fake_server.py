@@ -280,7 +280,7 @@ class FakeSandbox:
         await asyncio.sleep(self.delay_s)
         code, stdout, stderr = self.run(command, stdin, self.alive[sandbox_id])
         status = self.status or ("ok" if code == 0 else "tool_error")
-        return SimpleNamespace(status=status, exit_code=code, stdout=stdout, stderr=stderr, duration_s=0.0)
+        return SimpleNamespace(status=status, exit_code=code, stdout=stdout, stderr=stderr, reason=None)
 
     async def write_file(self, sandbox_id: str, path: str, data: bytes) -> None:
         self.alive[sandbox_id][path] = data

@@ -291,6 +291,33 @@ async def test_a_service_that_is_down_is_an_infra_error():
     assert "give Agent" in outcome.text
 
 
+class Refused(Exception):
+    def __init__(self, status: int, type: str):
+        super().__init__(f"{status} {type}")
+        self.status, self.type = status, type
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "expected"),
+    [
+        (400, "invalid_request", "tool_error"),
+        (404, "file_not_found", "tool_error"),
+        (413, "disk_full", "tool_error"),
+        (404, "sandbox_not_found", "infra_error"),
+        (410, "sandbox_gone", "infra_error"),
+        (503, "infra_error", "infra_error"),
+        (0, "unreachable", "infra_error"),
+    ],
+)
+async def test_what_the_service_refuses_is_not_what_breaks_it(status: int, kind: str, expected: str):
+    def refuse(*_: Any) -> tuple[int, str, str]:
+        raise Refused(status, kind)
+
+    outcome = await sandbox_tools()[1].invoke({"command": "x"}, Context(FakeSandbox(run=refuse)))
+    assert outcome.status == expected
+    assert f"{status} {kind}" in outcome.text
+
+
 async def test_one_sandbox_for_concurrent_calls_with_the_files_in_it():
     service = FakeSandbox(run=lambda command, stdin, files: (0, ",".join(files), ""), create_delay_s=0.02)
     context = Context(service, files={"a.txt": b"1", "b.txt": b"2"})
