@@ -1,5 +1,5 @@
-"""Starting the service: ``python -m sandbox``, and `serve`, which other command lines call. Flags and the process's life
-are here; what is served is in `service`.
+"""Starting the service: ``python -m sandbox``, and `serve`, which other command lines call. Flags and the process's
+life are here; what is served is in `service`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def run(config: ServiceConfig) -> int:
         loopback = False
     if not loopback and not config.token:
         print(
-            f"sandbox: refusing to listen on {config.host} without a token: anybody who can reach it could run commands. "
+            f"sandbox: refusing to listen on {config.host} without a token: anybody who reaches it could run commands. "
             "Give --token or AGENTSERVE_SANDBOX_TOKEN.",
             file=sys.stderr,
         )

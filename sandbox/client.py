@@ -217,7 +217,7 @@ class AsyncSandboxClient:
     ) -> AsyncIterator[ExecEvent]:
         """Run a command and yield its events: start, stdout, stderr, ping, and at last exit or error.
 
-        Raises SandboxError (type stream_closed) when the stream ends without either. Leaving the loop kills the command.
+        Raises SandboxError (stream_closed) when the stream ends without either. Leaving the loop kills the command.
         """
         body = _exec_body(command, stdin, env, cwd, timeout_s, max_output_bytes)
         events = _Events()

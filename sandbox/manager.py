@@ -340,7 +340,7 @@ class Manager:
         for stop in live.stops:
             if not stop.done():
                 stop.set_result(reason)
-        while live.stops:
+        while live.stops:  # noqa: ASYNC110  (each command leaves by itself, soon)
             await asyncio.sleep(0.002)
         try:
             await live.inner.destroy()

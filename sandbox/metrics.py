@@ -13,18 +13,25 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        made = {"registry": self.registry}
-        self.sandboxes = Gauge("sandbox_live", "Sandboxes that exist now.", **made)
-        self.created = Counter("sandbox_created", "Sandboxes made.", **made)
-        self.ended = Counter("sandbox_ended", "Sandboxes ended, by reason.", ["reason"], **made)
-        self.running = Gauge("sandbox_execs_running", "Commands running now.", **made)
-        self.queued = Gauge("sandbox_execs_queued", "Commands waiting for their turn now.", **made)
-        self.execs = Counter("sandbox_execs", "Commands that ended, by status.", ["status"], **made)
-        self.refused = Counter("sandbox_refused", "Requests refused because something was full.", ["what"], **made)
-        self.duration = Histogram("sandbox_exec_seconds", "Running time of commands.", buckets=_SECONDS, **made)
-        self.waiting = Histogram("sandbox_exec_queue_seconds", "Time commands waited.", buckets=_SECONDS, **made)
-        self.dropped = Counter("sandbox_output_dropped_bytes", "Output bytes not kept.", **made)
-        self.oom_kills = Counter("sandbox_oom_kills", "Processes the kernel killed for memory_mb.", **made)
+        self.sandboxes = Gauge("sandbox_live", "Sandboxes that exist now.", registry=self.registry)
+        self.created = Counter("sandbox_created", "Sandboxes made.", registry=self.registry)
+        self.ended = Counter("sandbox_ended", "Sandboxes ended, by reason.", ["reason"], registry=self.registry)
+        self.running = Gauge("sandbox_execs_running", "Commands running now.", registry=self.registry)
+        self.queued = Gauge("sandbox_execs_queued", "Commands waiting for their turn now.", registry=self.registry)
+        self.execs = Counter("sandbox_execs", "Commands that ended, by status.", ["status"], registry=self.registry)
+        self.refused = Counter(
+            "sandbox_refused", "Requests refused because something was full.", ["what"], registry=self.registry
+        )
+        self.duration = Histogram(
+            "sandbox_exec_seconds", "Running time of commands.", buckets=_SECONDS, registry=self.registry
+        )
+        self.waiting = Histogram(
+            "sandbox_exec_queue_seconds", "Time commands waited.", buckets=_SECONDS, registry=self.registry
+        )
+        self.dropped = Counter("sandbox_output_dropped_bytes", "Output bytes not kept.", registry=self.registry)
+        self.oom_kills = Counter(
+            "sandbox_oom_kills", "Processes the kernel killed for memory_mb.", registry=self.registry
+        )
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

@@ -25,8 +25,8 @@ _MIN_LIMITS = Limits(
 class ServiceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything the operator may set. Sizes in bytes, times in seconds.
 
-    `python` chooses the interpreter inside: "auto" takes the system's and else the one running the service, "system" and
-    "prefix" insist on one. `workspace` is "auto", "tmpfs" (hard size limit, needs root) or "directory" (polled).
+    `python` chooses the interpreter inside: "auto" takes the system's and else the one running the service, "system"
+    and "prefix" insist on one. `workspace` is "auto", "tmpfs" (hard size limit, needs root) or "directory" (polled).
     """
 
     host: str = "127.0.0.1"
@@ -117,7 +117,7 @@ def check_output_bytes(value: int | None, ceiling: int) -> int:
         raise SandboxError(
             400,
             "invalid_request",
-            f"max_output_bytes is {value}; it must be between {_MIN_LIMITS.max_output_bytes} and this sandbox's {ceiling}",
+            f"max_output_bytes is {value}; it must be between {_MIN_LIMITS.max_output_bytes} and {ceiling}",
             "max_output_bytes",
         )
     return value
@@ -128,7 +128,10 @@ def check_env(env: dict[str, str] | None, field: str = "env") -> dict[str, str]:
     for name, value in (env or {}).items():
         if not name or "=" in name or "\0" in name or "\0" in value:
             raise SandboxError(
-                400, "invalid_request", f"{field} has the name {name!r}: no '=', no NUL and not empty, please", field
+                400,
+                "invalid_request",
+                f"{field} has the name {name!r}; a name is not empty and holds neither '=' nor NUL",
+                field,
             )
         size += len(name.encode("utf-8", "surrogatepass")) + len(value.encode("utf-8", "surrogatepass")) + 2
     if size > MAX_ENV_BYTES:
@@ -146,7 +149,7 @@ def check_labels(labels: dict[str, str] | None) -> dict[str, str]:
 
 
 def check_command(command: str | list[str]) -> list[str]:
-    """The argument vector to run. Raises 400 for an empty or NUL-holding command and 413 for one the kernel would refuse."""
+    """The argument vector to run. Raises 400 for an empty or NUL-holding command, 413 for one too long to execute."""
     argv = ["/bin/sh", "-c", command] if isinstance(command, str) else command
     if not argv or not argv[-1 if isinstance(command, str) else 0]:
         raise SandboxError(400, "invalid_request", "command is empty; give a string or a non-empty list", "command")

@@ -16,7 +16,7 @@ FileKind = Literal["file", "directory", "symlink", "other"]
 class SandboxError(Exception):
     """An error of the API, on both sides of the wire.
 
-    `status` is the HTTP status (0 when no reply came), `type` a stable word, `field` the request field at fault or None.
+    `status` is the HTTP status (0: no reply came), `type` a stable word, `field` the request field at fault or None.
     """
 
     def __init__(self, status: int, type: str, message: str, field: str | None = None) -> None:
@@ -107,8 +107,8 @@ class ExecResult(msgspec.Struct, frozen=True):
     `ok` is exit code 0 and `tool_error` any other; the rest were ended by the sandbox, `reason` says by what.
     `infra_error` is never the command's doing. `exit_code` is None when the command was not seen to end by itself;
     `signal` is set for exit codes above 128, as a shell reports a killed command. stdout and stderr keep their head and
-    tail: `*_truncated` counts the bytes left out at `*_cut` (an index into the text). Bytes that are not UTF-8 are shown
-    as ``\\xNN``.
+    tail: `*_truncated` counts the bytes left out at `*_cut` (an index into the text). Bytes that are not UTF-8 are
+    shown as ``\\xNN``.
     """
 
     exec_id: str
@@ -138,7 +138,7 @@ class ExecEvent(msgspec.Struct, frozen=True):
 
 
 class FileInfo(msgspec.Struct, frozen=True):
-    """One directory entry. A name that is not UTF-8 is shown with ``\\xNN``; size is in bytes, mtime since the epoch."""
+    """One directory entry. A name that is not UTF-8 is shown with ``\\xNN``; size in bytes, mtime since the epoch."""
 
     name: str
     size: int

@@ -1,1 +1,1 @@
-"""The ways to isolate a sandbox. `base` is what a backend must do; each other module is one backend or a part of one."""
+"""The ways to isolate a sandbox. `base` is what a backend must do; every other module is one or a part of one."""

@@ -506,7 +506,7 @@ class _Execution:
         self.stuck = True
 
     async def _poll_disk(self) -> None:
-        while not await asyncio.to_thread(self.sandbox.over_disk):
+        while not await asyncio.to_thread(self.sandbox.over_disk):  # noqa: ASYNC110  (a file system sends no event)
             await asyncio.sleep(_DISK_POLL_S)
         self._decide("policy_denied", "disk_mb")
 
@@ -534,7 +534,7 @@ def _memory_fd(data: bytes, sealed: bool = False) -> int:
 
 
 def _input_fd(data: bytes) -> int:
-    """A descriptor to read `data` from. It never needs us to go on writing: what a pipe cannot hold is a sealed file."""
+    """A descriptor to read `data` from. We need not go on writing: what a pipe cannot hold is a sealed file."""
     if not data:
         return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
     if len(data) <= _PIPE_BYTES:

@@ -1,6 +1,6 @@
 """Control groups, version 1 and 2: one group per sandbox with its limits, and under it reusable slots, one per command
-running at the same time. A slot's own counters say which command ran out of memory, and its member list is the last word
-on whether anything is still alive. No policy here; without permission `open_tree` says why and the caller uses rlimits.
+running at the same time. A slot's own counters say which command ran out of memory, and its member list is the last
+word on whether anything is still alive. No policy here; without permission `open_tree` says why.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _write(path: Path, value: str) -> None:
 
 
 def remove_tree(path: Path, deadline_s: float = 1.0) -> bool:
-    """Kill every member below a group's directory and remove it. True when it is gone. Blocks for up to the deadline."""
+    """Kill every member below a group's directory and remove it. True when it is gone. Blocks."""
     end = time.monotonic() + deadline_s
     while path.exists():
         for directory, _, _ in os.walk(path, topdown=False):
@@ -178,7 +178,8 @@ class Group:
 
     def remove(self) -> bool:
         """Kill what is left and remove the group. Blocks briefly."""
-        return all([remove_tree(path) for path in self._directories().values()])
+        gone = [remove_tree(path) for path in self._directories().values()]
+        return all(gone)
 
 
 @dataclass

@@ -1,5 +1,5 @@
-"""The proof, at every start, that bubblewrap isolates on this machine: the real recipe runs and is looked at from inside
-and from outside. Anything short of that is an error which says what to type, never a weaker mode.
+"""The proof, at every start, that bubblewrap isolates on this machine: the real recipe runs and is looked at from
+inside and from outside. Anything short of that is an error which says what to type, never a weaker mode.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sandbox.backends.base import ExecSpec, IsolationUnavailable
 from sandbox.schema import Limits
 
 if TYPE_CHECKING:
-    from sandbox.backends.bubblewrap import BubblewrapBackend
+    from sandbox.backends.bubblewrap import BubblewrapBackend, BubblewrapSandbox
 
 INSTALL = "apt-get install bubblewrap"
 _FIXED_IN = (0, 12, 0)
@@ -82,8 +82,9 @@ def known_weaknesses(version: tuple[int, ...]) -> list[str]:
     ]
     if version < _FIXED_IN:
         notes.append(
-            f"bubblewrap {'.'.join(map(str, version))} is older than 0.12.0, which is reported to fix the following of symbolic "
-            "links when mount points are made (your distribution may have patched it); ours are never made where a guest writes"
+            f"bubblewrap {'.'.join(map(str, version))} is older than 0.12.0, which is reported to fix the following of "
+            "symbolic links when mount points are made (your distribution may have patched it); "
+            "ours are never made where a guest writes"
         )
     if version < (0, 8, 0):
         notes.append(
@@ -154,7 +155,7 @@ def _spec(argv: list[str], stdin: bytes) -> ExecSpec:
     return ExecSpec(argv, stdin, {}, None, 20.0, 65536, 1 << 20)
 
 
-async def _host_uid_is_not_root(sandbox) -> bool:
+async def _host_uid_is_not_root(sandbox: BubblewrapSandbox) -> bool:
     """Look from outside at a command that waits: the kernel must know it under another uid than root's."""
     loop = asyncio.get_running_loop()
     stop: asyncio.Future[str] = loop.create_future()
@@ -167,7 +168,7 @@ async def _host_uid_is_not_root(sandbox) -> bool:
             await asyncio.sleep(0.002)
         if sandbox.init_pid is None:
             return False
-        status = Path(f"/proc/{sandbox.init_pid}/status").read_text()
+        status = Path(f"/proc/{sandbox.init_pid}/status").read_text()  # noqa: ASYNC240  (procfs does not wait)
         line = next(line for line in status.splitlines() if line.startswith("Uid:"))
         return "0" not in line.split()[1:]
     except OSError:

@@ -1,7 +1,7 @@
 """The bubblewrap command line: what a sandboxed command sees of the machine, and nothing else.
 
-Only named parts of the host are bound, read-only; never ``/``, ``/run``, ``/var`` or a home directory, because a unix socket
-ignores read-only mounts. Who runs bubblewrap, and under which limits, is `bubblewrap`'s and the spawner's business.
+Only named parts of the host are bound, read-only; never ``/``, ``/run``, ``/var`` or a home directory, because a unix
+socket ignores read-only mounts. Who runs bubblewrap, and under which limits, is for `bubblewrap` and the spawner.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The system-call filter that every sandboxed command runs under, assembled as classic BPF for the kernel.
 
 A block list of what tools do not need and namespaces do not contain: new namespaces and mounts, kernel keyrings, bpf,
-perf, io_uring (which would bypass this filter), ptrace, and sockets other than UNIX, IPv4, IPv6 and netlink (AF_VSOCK is
-not confined by a network namespace and reaches a hypervisor). Nothing else lives here; bubblewrap loads it.
+perf, io_uring (which would bypass this filter), ptrace, and sockets other than UNIX, IPv4, IPv6 and netlink (AF_VSOCK
+is not confined by a network namespace and reaches a hypervisor). Nothing else lives here; bubblewrap loads it.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ _COMMON = {
 }  # fmt: skip
 _NUMBERS: dict[str, dict[str, int]] = {
     "x86_64": {
-        "ptrace": 101, "syslog": 103, "pivot_root": 155, "adjtimex": 159, "chroot": 161, "acct": 163, "settimeofday": 164,
-        "mount": 165, "umount2": 166, "swapon": 167, "swapoff": 168, "reboot": 169, "sethostname": 170,
-        "setdomainname": 171, "iopl": 172, "ioperm": 173, "init_module": 175, "delete_module": 176, "quotactl": 179,
-        "lookup_dcookie": 212, "clock_settime": 227, "kexec_load": 246, "add_key": 248, "request_key": 249, "keyctl": 250,
-        "unshare": 272, "perf_event_open": 298, "clock_adjtime": 305, "open_by_handle_at": 304, "setns": 308,
-        "process_vm_readv": 310, "process_vm_writev": 311, "kcmp": 312, "finit_module": 313, "kexec_file_load": 320,
-        "bpf": 321, "userfaultfd": 323,
+        "ptrace": 101, "syslog": 103, "pivot_root": 155, "adjtimex": 159, "chroot": 161, "acct": 163,
+        "settimeofday": 164, "mount": 165, "umount2": 166, "swapon": 167, "swapoff": 168, "reboot": 169,
+        "sethostname": 170, "setdomainname": 171, "iopl": 172, "ioperm": 173, "init_module": 175, "delete_module": 176,
+        "quotactl": 179, "lookup_dcookie": 212, "clock_settime": 227, "kexec_load": 246, "add_key": 248,
+        "request_key": 249, "keyctl": 250, "unshare": 272, "perf_event_open": 298, "open_by_handle_at": 304,
+        "clock_adjtime": 305, "setns": 308, "process_vm_readv": 310, "process_vm_writev": 311, "kcmp": 312,
+        "finit_module": 313, "kexec_file_load": 320, "bpf": 321, "userfaultfd": 323,
     },
     "aarch64": {
-        "pivot_root": 41, "umount2": 39, "mount": 40, "chroot": 51, "quotactl": 60, "acct": 89, "unshare": 97,
-        "init_module": 105, "delete_module": 106, "kexec_load": 104, "clock_settime": 112, "syslog": 116, "ptrace": 117,
+        "umount2": 39, "mount": 40, "pivot_root": 41, "chroot": 51, "quotactl": 60, "acct": 89, "unshare": 97,
+        "kexec_load": 104, "init_module": 105, "delete_module": 106, "clock_settime": 112, "syslog": 116, "ptrace": 117,
         "reboot": 142, "sethostname": 161, "setdomainname": 162, "settimeofday": 170, "adjtimex": 171, "add_key": 217,
-        "request_key": 218, "keyctl": 219, "swapon": 224, "swapoff": 225, "perf_event_open": 241, "open_by_handle_at": 265,
-        "clock_adjtime": 266, "setns": 268, "process_vm_readv": 270, "process_vm_writev": 271, "kcmp": 272,
-        "finit_module": 273, "bpf": 280, "userfaultfd": 282, "kexec_file_load": 294,
+        "request_key": 218, "keyctl": 219, "swapon": 224, "swapoff": 225, "perf_event_open": 241,
+        "open_by_handle_at": 265, "clock_adjtime": 266, "setns": 268, "process_vm_readv": 270, "process_vm_writev": 271,
+        "kcmp": 272, "finit_module": 273, "bpf": 280, "userfaultfd": 282, "kexec_file_load": 294,
     },
 }  # fmt: skip
 _CLONE = {"x86_64": 56, "aarch64": 220}

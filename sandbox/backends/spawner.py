@@ -2,14 +2,15 @@
 
 It joins the command to its cgroups, sets its rlimits, drops to the sandbox's uid and executes bubblewrap; it kills
 a command through the init process of its pid namespace and reports how it ended. It runs on the standard library
-alone (``python -I -S spawner.py SOCKET_FD LOCK_FD``), decides no policy, and when the service goes away it takes everything with it.
+alone (``python -I -S spawner.py SOCKET_FD LOCK_FD``), decides no policy, and takes everything with it when the service
+goes away.
 
 Why a process of its own: ``--die-with-parent`` follows the *thread* that spawned bubblewrap, forking a large
 multi-threaded server is slow and unsafe, and the workspaces are mounted in this process's private mount namespace, so
 that they disappear with it even after SIGKILL.
 
 Wire: a SOCK_SEQPACKET socket, one JSON object per packet, file descriptors as SCM_RIGHTS.
-  in   {"op": "spawn", "id", "uid"?, "procs": [path], "rlimits": [[resource, soft, hard]], "nproc"?, "bwrap", "seccomp"?}
+  in   {"op": "spawn", "id", "uid"?, "procs": [path], "rlimits": [[number, soft, hard]], "nproc"?, "bwrap", "seccomp"?}
        with fds stdin, stdout, stderr, options (NUL separated), command (NUL separated)
        {"op": "kill", "id"}   {"op": "mount", "id", "source"?, "target", "options"}   {"op": "umount", "id", "target"}
   out  {"op": "started", "id", "pid"}   {"op": "exit", "id", "code": int | null, "detail"}
@@ -26,6 +27,7 @@ import selectors
 import signal
 import socket
 import sys
+from contextlib import suppress
 from typing import Any
 
 CLONE_NEWNS = 0x00020000
@@ -69,10 +71,8 @@ class Child:
     def kill(self) -> None:
         self.kill_wanted = True
         if self.init_fd is not None:
-            try:
+            with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.init_fd, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         elif not self.ended:
             # Still setting up: nothing of the guest runs yet, and --die-with-parent covers the half-made child.
             os.kill(self.pid, signal.SIGKILL)
@@ -104,10 +104,8 @@ class Spawner:
     def die(self) -> None:
         """The service is gone: nothing may outlive it."""
         for child in self.children.values():
-            try:
+            with suppress(OSError):
                 child.kill()
-            except OSError:
-                pass
         os._exit(0)
 
     # -- requests ------------------------------------------------------------------------------------------------
@@ -179,7 +177,7 @@ class Spawner:
         self.selector.register(status_read, selectors.EVENT_READ, lambda: self.on_status(child))
 
     def become_bwrap(self, message: dict[str, Any], fds: list[int], status_write: int, block_read: int) -> None:
-        """In the forked child: never returns. The order matters: cgroups while still root, then limits, then the uid."""
+        """In the forked child; never returns. The order matters: cgroups while still root, limits, then the uid."""
         try:
             signal.set_wakeup_fd(-1)
             for number in (
@@ -233,7 +231,7 @@ class Spawner:
                 raise PermissionError("refusing to start bubblewrap as root")
             # An empty environment: the guest can read that of its pid 1, which is bubblewrap.
             os.execve(message["bwrap"], [a.encode() for a in argv] + command_argv, {})
-        except BaseException as error:  # noqa: BLE001  (anything at all must end this process, not return into run())
+        except BaseException as error:  # anything at all must end this process, never return into run()
             try:
                 os.write(status_write, json.dumps({"spawn-error": f"{type(error).__name__}: {error}"}).encode() + b"\n")
             finally:
@@ -292,10 +290,8 @@ class Spawner:
         return fd
 
     def on_child_signal(self, wake_read: int) -> None:
-        try:
+        with suppress(BlockingIOError):
             os.read(wake_read, 4096)
-        except BlockingIOError:
-            pass
         while True:
             try:
                 pid, _ = os.waitpid(-1, os.WNOHANG)

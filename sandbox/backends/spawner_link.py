@@ -51,7 +51,7 @@ class SpawnerLink:
         loop = asyncio.get_running_loop()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            process = subprocess.Popen(
+            process = subprocess.Popen(  # noqa: ASYNC220  (asyncio's own would watch it from a thread)
                 [sys.executable, "-I", "-S", "-B", str(Path(spawner.__file__)), str(theirs.fileno()), str(lock_fd)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
