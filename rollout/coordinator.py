@@ -153,7 +153,9 @@ class Rollout:
         return self._background.run(self._collect(tasks, group_size, seed))
 
     async def _collect(self, tasks: Sequence[Any], group_size: int | None, seed: int | None) -> list[Group]:
-        gathered = {
-            group.trajectories[0].task_id: group async for group in self.groups(tasks, group_size=group_size, seed=seed)
-        }
+        if len({task.id for task in tasks}) != len(tasks):
+            raise ValueError("two tasks have the same id: their attempts would share one baseline")
+        gathered: dict[str, Group] = {}
+        async for group in self.groups(tasks, group_size=group_size, seed=seed):
+            gathered[group.trajectories[0].task_id] = group
         return [gathered[task.id] for task in tasks]
