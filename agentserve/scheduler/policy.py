@@ -32,7 +32,7 @@ class Queue:
         A request whose next uncached page is being computed by a running one is passed over until that page is in the
         tree: a group that shares a prompt computes it once. It cannot starve, since the running one goes on.
         """
-        in_progress = {self._next_page(request, manager) for request in self.running if self._prefilling(request)}
+        in_progress = {self._next_page(request, manager) for request in self.running}
         promised = sum(
             max(0, manager.pages_for(request.known_len + 1) - len(request.pages)) for request in self.running
         )
@@ -46,12 +46,11 @@ class Queue:
                 passed.append(request)
                 break
             page = self._next_page(request, manager)
-            if page in in_progress:
+            if page is not None and page in in_progress:
                 self._dismiss(request, manager)
                 passed.append(request)
                 continue
-            if self._prefilling(request):
-                in_progress.add(page)
+            in_progress.add(page)
             promised += manager.pages_for(request.total_len + 1) - len(request.pages)
             if request.cached_len < 0:
                 request.cached_len = request.computed_len
@@ -94,13 +93,11 @@ class Queue:
         request.handle, request.pages, request.computed_len = None, [], 0
 
     @staticmethod
-    def _prefilling(request: Request) -> bool:
-        return request.computed_len < request.prompt_len - 1
-
-    @staticmethod
     def _next_page(request: Request, manager: CacheManager) -> tuple[str, int, bytes] | None:
-        # names the first page that is not in the tree: where it hangs, and its ids; None if it will not be shared
+        # names the first prompt page that is not in the tree yet: where it will hang, and its ids; None if there is none
         assert request.handle is not None
+        if request.weight_version != manager.weight_version:
+            return None  # what older weights computed is not shared
         start = request.handle.length
         page = request.ids[start : min(start + manager.page_size, request.prompt_len)]
         if len(page) < manager.page_size:

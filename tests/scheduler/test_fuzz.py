@@ -1,0 +1,88 @@
+"""Promise 2 and 4 under fire: 20 000 random steps, and proof that the harness would notice a broken engine."""
+
+import pytest
+
+from agentserve.cache.manager import CacheManager
+from agentserve.cache.pool import PagePool
+from agentserve.cache.radix import RadixCache
+from agentserve.scheduler.commit import Committer
+from agentserve.testing import Fuzz, FuzzConfig
+
+CONFIGS = {
+    "overlap": FuzzConfig(),
+    "overlap-off": FuzzConfig(overlap=False),
+    "page-1": FuzzConfig(page_size=1, num_pages=150),
+    "page-16": FuzzConfig(page_size=16, num_pages=12),
+    "crowded": FuzzConfig(num_pages=34, max_running=12, arrival=0.6),
+    "crowded-overlap-off": FuzzConfig(num_pages=34, max_running=12, arrival=0.6, overlap=False),
+    "long-chunks": FuzzConfig(max_batch_tokens=200, arrival=0.2),
+    "tiny-chunks": FuzzConfig(max_batch_tokens=7),
+    "updates": FuzzConfig(update=0.1, flush=0.1, abort=0.3),
+    "one-row": FuzzConfig(max_running=1),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_two_thousand_random_steps(name):
+    fuzz = Fuzz(CONFIGS[name], seed=1)
+    for _ in range(2000):
+        fuzz.step()
+    fuzz.drain()
+    stats = fuzz.scheduler.stats()
+    assert sum(fuzz.finished.values()) == stats.requests > 50
+    assert fuzz.finished["abort"] > 0
+    assert stats.cached_tokens > 0
+    if name.startswith(("overlap", "crowded", "page")):
+        assert stats.retractions > 0
+        assert stats.evicted_pages > 0
+
+
+def run(config: FuzzConfig, steps: int = 1500) -> None:
+    fuzz = Fuzz(config, seed=2)
+    for _ in range(steps):
+        fuzz.step()
+    fuzz.drain()
+
+
+def broken_retire(self, pages, last_step):
+    self.give_back(pages)
+
+
+def broken_unlock(self, handle):
+    pass
+
+
+def broken_share(self, request, tokens, share=CacheManager.share):
+    share(self, request, tokens + self.page_size)
+
+
+def broken_finish(self, request, token):
+    return "length" if request.output_len >= request.params.max_tokens else None
+
+
+def broken_namespace(version, namespace):
+    return namespace
+
+
+def broken_split(self, node, length, split=RadixCache._split):
+    upper = split(self, node, length)
+    upper.locks = 0
+    return upper
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "replacement"),
+    [
+        (PagePool, "retire", broken_retire),
+        (RadixCache, "unlock", broken_unlock),
+        (RadixCache, "_split", broken_split),
+        (CacheManager, "share", broken_share),
+        (CacheManager, "_namespace", staticmethod(broken_namespace)),
+        (Committer, "_finish_reason", broken_finish),
+    ],
+    ids=["freed-too-early", "never-unlocked", "split-loses-locks", "shared-too-early", "stale-weights", "missed-stop"],
+)
+def test_the_harness_notices_planted_bugs(owner, name, replacement, monkeypatch):
+    monkeypatch.setattr(owner, name, replacement)
+    with pytest.raises((AssertionError, IndexError, RuntimeError, KeyError)):
+        run(FuzzConfig(num_pages=40, update=0.02))
