@@ -11,6 +11,7 @@ import json
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from importlib import resources
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -28,9 +29,7 @@ def resolve_model_dir(name: str | Path) -> Path:
         FileNotFoundError: there is no such directory, or it holds no config.json.
     """
     if str(name) == "demo":
-        from agentserve.demo import MODEL_DIR
-
-        path = MODEL_DIR
+        path = Path(str(resources.files("agentserve.demo"))) / "model"
         hint = "it is made by: python -m agentserve.demo.train"
     else:
         path = Path(name).expanduser()
