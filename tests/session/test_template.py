@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizer_kit import byte_level, save
+from tests.session.tokenizer_kit import byte_level, save
 
 from agentserve.demo.template import CHAT_TEMPLATE as DEMO_TEMPLATE
 from agentserve.session.log import Piece, TokenLog

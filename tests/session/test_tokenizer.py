@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizer_kit import byte_fallback, byte_level, save
+from tests.session.tokenizer_kit import byte_fallback, byte_level, save
 
 from agentserve.tokenizer import Detokenizer, Tokenizer, resolve_model_dir
 

@@ -1,0 +1,362 @@
+"""OpenAI's endpoints: chat completions, completions, models. Streamed and not, as OpenAI's client reads them.
+
+Beyond OpenAI: prompts as token ids, `return_token_ids`, and more sampling fields. Nothing here keeps state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import ExitStack, aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import numpy as np
+from fastapi import APIRouter, Request, Response
+
+from agentserve.control.formats import ToolCall, ToolCallParser
+from agentserve.core import MAX_SEED, SamplingParams
+from agentserve.server.errors import ApiError, BadRequest
+from agentserve.server.generation import (
+    Chunk,
+    EventStream,
+    Generation,
+    Serving,
+    json_response,
+    merge,
+    run_all,
+    serving,
+    while_connected,
+)
+from agentserve.server.schemas import ChatBody, CompletionBody, OpenAIBody, for_template, read
+
+router = APIRouter()
+LOWEST_LOGPROB = -9999.0  # JSON has no infinity
+
+
+@dataclass(eq=False)
+class Choice:
+    """One reply of several: its request, its place in the answer, and how its text is read."""
+
+    index: int
+    prompt: np.ndarray
+    generation: Generation
+    parser: ToolCallParser | None = None
+    content: list[str] = field(default_factory=list)
+    characters: int = 0
+
+    def read(self, chunk: Chunk) -> tuple[str, list[ToolCall]]:
+        """A chunk's content, and the calls it completes."""
+        if self.parser is None:
+            return chunk.text, []
+        content, calls = self.parser.push(chunk.text)
+        if chunk.finish_reason is not None:
+            content += self.parser.finish()
+        return content, calls
+
+    def finish_reason(self, reason: str | None) -> str | None:
+        """`tool_calls` in place of `stop` when there are some."""
+        return "tool_calls" if reason == "stop" and self.parser is not None and self.parser.calls else reason
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> Response:
+    """The served model."""
+    parts = serving(request)
+    model = {
+        "id": parts.model_name, "object": "model", "created": parts.created, "owned_by": "agentserve",
+        "max_model_len": parts.engine.max_len,
+    }  # fmt: skip
+    return json_response({"object": "list", "data": [model]})
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(request: Request) -> Response:
+    """A reply to a conversation."""
+    parts, body = serving(request), await read(request, ChatBody)
+    _check_model(parts, body.model)
+    body.check()
+    messages = for_template(body.messages)
+
+    def tokenize() -> list[int]:
+        text = parts.tokenizer.render(messages, body.tools)
+        return parts.tokenizer.encode(text, add_special_tokens=False)
+
+    try:
+        prompt = np.array(await asyncio.to_thread(tokenize), np.int32)
+    except ValueError as error:
+        raise BadRequest(str(error), "messages") from None
+    wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    start = functools.partial(_start, parts, body, [prompt], wanted, logprobs, "messages", tools=bool(body.tools))
+    return await _answer(request, parts, body, start, _ChatForm())
+
+
+@router.post("/v1/completions")
+async def completions(request: Request) -> Response:
+    """Continuations of one or several prompts."""
+    parts, body = serving(request), await read(request, CompletionBody)
+    _check_model(parts, body.model)
+    prompts = await _prompts(parts, body.prompt)
+    start = functools.partial(_start, parts, body, prompts, body.max_tokens, body.logprobs, "prompt")
+    return await _answer(request, parts, body, start, _CompletionForm())
+
+
+def _check_model(parts: Serving, name: str | None) -> None:
+    directory = parts.engine_config.model_dir
+    if name not in (None, parts.model_name, directory, directory.rstrip("/").rpartition("/")[2]):
+        message = f"the model {name!r} does not exist: this server serves {parts.model_name!r}"
+        raise ApiError(404, message, "model", "model_not_found")
+
+
+async def _prompts(parts: Serving, prompt: Any) -> list[np.ndarray]:
+    """The prompts of a completion request: `[n]` int32 each."""
+    if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and type(prompt[0]) is int):
+        prompt = [prompt]
+    if not isinstance(prompt, list) or not prompt:
+        raise BadRequest("prompt must be text, a list of token ids, or a list of either", "prompt")
+    out = []
+    for index, item in enumerate(prompt):
+        if isinstance(item, str):
+            ids = await asyncio.to_thread(parts.tokenizer.encode, item)
+        elif isinstance(item, list) and set(map(type, item)) <= {int}:
+            ids = item
+        else:
+            raise BadRequest("a prompt must be text or a list of token ids", f"prompt.{index}")
+        try:
+            out.append(np.array(ids, np.int32))
+        except OverflowError:
+            raise BadRequest("token ids must fit into 32 bits", "prompt") from None
+        parts.check_ids(out[-1], "prompt")
+    return out
+
+
+def _start(
+    parts: Serving,
+    body: OpenAIBody,
+    prompts: Sequence[np.ndarray],
+    max_tokens: int | None,
+    logprobs: int | None,
+    param: str,
+    tools: bool = False,
+) -> list[Choice]:
+    """Send `n` requests for each prompt: all of them, or none."""
+    count = body.n or 1
+    plans: list[tuple[np.ndarray, SamplingParams]] = []
+    for prompt in prompts:
+        room = parts.room(len(prompt), max_tokens, param)
+        params = body.sampling_params(room, logprobs, parts.vocab_size)
+        plans += [(prompt, _choice_params(params, i)) for i in range(count)]
+    parts.engine.check_room(len(plans))
+    return [
+        Choice(index, prompt, Generation(parts, prompt, params, tools), ToolCallParser() if tools else None)
+        for index, (prompt, params) in enumerate(plans)
+    ]
+
+
+def _choice_params(params: SamplingParams, index: int) -> SamplingParams:
+    """Choice 0 draws from the seed itself; the others from seeds mixed from it and their index (SplitMix64)."""
+    if params.seed is None or index == 0:
+        return params
+    mixed = (params.seed + index * 0x9E3779B97F4A7C15) % 2**64
+    mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % 2**64
+    return msgspec.structs.replace(params, seed=(mixed ^ (mixed >> 31)) & MAX_SEED)
+
+
+async def _answer(
+    request: Request, parts: Serving, body: OpenAIBody, start: Callable[[], list[Choice]], form: _Form
+) -> Response:
+    """Run the choices and write them, streamed or whole."""
+    if body.stream_options is not None and not body.stream:
+        raise BadRequest("stream_options needs stream: true", "stream_options")
+    choices = start()
+    generations = [choice.generation for choice in choices]
+    closing = ExitStack()
+    for generation in generations:
+        closing.callback(generation.close)
+
+    def fail(error: BaseException) -> None:
+        for generation in generations:
+            generation.fail(error)
+
+    head = {"id": f"{form.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": parts.model_name}
+    if body.stream:
+        return EventStream(_events(parts, body, choices, form, head), fail, closing.close)
+    with closing:
+        async with while_connected(request.receive, fail):
+            await run_all(generations)
+        return json_response(
+            {
+                **head,
+                "object": form.whole,
+                **form.extra(choices, bool(body.return_token_ids)),
+                "choices": [form.choice(parts, choice, bool(body.return_token_ids)) for choice in choices],
+                "usage": usage(choices),
+            }
+        )
+
+
+async def _events(
+    parts: Serving, body: OpenAIBody, choices: list[Choice], form: _Form, head: dict[str, Any]
+) -> AsyncGenerator[Any, None]:
+    head |= {"object": form.piece}
+    with_ids = bool(body.return_token_ids)
+    extra = form.extra(choices, with_ids)
+    for choice in choices:
+        if (first := form.first(choice, with_ids)) is not None:
+            yield {**head, **extra, "choices": [first]}
+            extra = {}
+    async with aclosing(merge([choice.generation for choice in choices])) as merged:
+        async for index, chunk in merged:
+            yield {**head, **extra, "choices": [form.delta(parts, choices[index], chunk, with_ids)]}
+    if body.stream_options is not None and body.stream_options.include_usage:
+        yield {**head, "choices": [], "usage": usage(choices)}
+
+
+def usage(choices: Sequence[Choice]) -> dict[str, Any]:
+    """OpenAI's usage block. A prompt counts once, however many choices continue it."""
+    firsts = {id(choice.prompt): choice for choice in reversed(choices)}.values()
+    prompt = sum(len(choice.prompt) for choice in firsts)
+    completion = sum(len(choice.generation.token_ids) for choice in choices)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(choice.generation.cached_tokens for choice in firsts)},
+    }
+
+
+class _Form:
+    """How an endpoint writes choices."""
+
+    prefix = whole = piece = ""
+
+    def extra(self, choices: Sequence[Choice], with_ids: bool) -> dict[str, Any]:
+        """Fields of the answer, or of a stream's first event, beside its choices."""
+        return {}
+
+    def first(self, choice: Choice, with_ids: bool) -> dict[str, Any] | None:
+        """What a stream says of a choice before its first token."""
+        return None
+
+    def choice(self, parts: Serving, choice: Choice, with_ids: bool) -> dict[str, Any]:
+        """A whole choice."""
+        raise NotImplementedError
+
+    def delta(self, parts: Serving, choice: Choice, chunk: Chunk, with_ids: bool) -> dict[str, Any]:
+        """What a chunk adds to a choice."""
+        raise NotImplementedError
+
+
+class _ChatForm(_Form):
+    prefix, whole, piece = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def extra(self, choices: Sequence[Choice], with_ids: bool) -> dict[str, Any]:
+        return {"prompt_token_ids": choices[0].prompt.tolist()} if with_ids else {}
+
+    def first(self, choice: Choice, with_ids: bool) -> dict[str, Any] | None:
+        delta = {"role": "assistant", "content": ""}
+        return {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def choice(self, parts: Serving, choice: Choice, with_ids: bool) -> dict[str, Any]:
+        generation = choice.generation
+        whole = Chunk(generation.text, generation.token_ids, generation.logprobs, generation.top_logprobs, [], "end")
+        content, calls = choice.read(whole)
+        message: dict[str, Any] = {"role": "assistant", "content": content or (None if calls else "")}
+        if calls:
+            message["tool_calls"] = [call.to_openai() for call in calls]
+        out = {
+            "index": choice.index,
+            "message": message,
+            "logprobs": _chat_logprobs(parts, generation, whole),
+            "finish_reason": choice.finish_reason(generation.finish_reason),
+        }
+        return out | ({"token_ids": generation.token_ids} if with_ids else {})
+
+    def delta(self, parts: Serving, choice: Choice, chunk: Chunk, with_ids: bool) -> dict[str, Any]:
+        content, calls = choice.read(chunk)
+        delta: dict[str, Any] = {"content": content} if content or not calls else {}
+        if calls:
+            before = len(choice.parser.calls) - len(calls) if choice.parser else 0
+            delta["tool_calls"] = [{"index": before + i, **call.to_openai()} for i, call in enumerate(calls)]
+        out = {
+            "index": choice.index,
+            "delta": delta,
+            "logprobs": _chat_logprobs(parts, choice.generation, chunk),
+            "finish_reason": choice.finish_reason(chunk.finish_reason),
+        }
+        return out | ({"token_ids": chunk.token_ids} if with_ids else {})
+
+
+class _CompletionForm(_Form):
+    prefix, whole, piece = "cmpl", "text_completion", "text_completion"
+
+    def choice(self, parts: Serving, choice: Choice, with_ids: bool) -> dict[str, Any]:
+        generation = choice.generation
+        whole = Chunk(
+            generation.text, generation.token_ids, generation.logprobs, generation.top_logprobs, [],
+            generation.finish_reason,
+        )  # fmt: skip
+        out = self.delta(parts, choice, whole, with_ids)
+        return out | ({"prompt_token_ids": choice.prompt.tolist()} if with_ids else {})
+
+    def first(self, choice: Choice, with_ids: bool) -> dict[str, Any] | None:
+        if not with_ids:
+            return None
+        out = {"index": choice.index, "text": "", "logprobs": None, "finish_reason": None}
+        return out | {"prompt_token_ids": choice.prompt.tolist()}
+
+    def delta(self, parts: Serving, choice: Choice, chunk: Chunk, with_ids: bool) -> dict[str, Any]:
+        out: dict[str, Any] = {
+            "index": choice.index,
+            "text": chunk.text,
+            "logprobs": _completion_logprobs(parts, choice, chunk),
+            "finish_reason": chunk.finish_reason,
+        }
+        choice.characters += len(chunk.text)
+        return out | ({"token_ids": chunk.token_ids} if with_ids else {})
+
+
+def _chat_logprobs(parts: Serving, generation: Generation, chunk: Chunk) -> dict[str, Any] | None:
+    if generation.params.logprobs is None:
+        return None
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        text = parts.tokenizer.token_text(token)
+        return {"token": text, "logprob": max(logprob, LOWEST_LOGPROB), "bytes": list(text.encode())}
+
+    likeliest = generation.params.logprobs
+    return {
+        "content": [
+            entry(token, logprob) | {"top_logprobs": [entry(*pair) for pair in top[:likeliest]]}
+            for token, logprob, top in zip(chunk.token_ids, chunk.logprobs, chunk.top_logprobs, strict=True)
+        ],
+        "refusal": None,
+    }
+
+
+def _completion_logprobs(parts: Serving, choice: Choice, chunk: Chunk) -> dict[str, Any] | None:
+    likeliest = choice.generation.params.logprobs
+    if likeliest is None:
+        return None
+    tokens = [parts.tokenizer.token_text(token) for token in chunk.token_ids]
+    offsets, offset = [], choice.characters
+    for token in tokens:
+        offsets.append(offset)
+        offset += len(token)
+    return {
+        "tokens": tokens,
+        "token_logprobs": [max(logprob, LOWEST_LOGPROB) for logprob in chunk.logprobs],
+        "top_logprobs": [
+            {parts.tokenizer.token_text(token): max(logprob, LOWEST_LOGPROB) for token, logprob in top[:likeliest]}
+            for top in chunk.top_logprobs
+        ]
+        if likeliest
+        else None,
+        "text_offset": offsets,
+    }

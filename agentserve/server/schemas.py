@@ -1,0 +1,317 @@
+"""What clients may send: pydantic models that refuse unknown fields, and their translation into our vocabulary.
+
+Fields of OpenAI's API that change nothing here are accepted by name; fields that we cannot honour are refused, never
+ignored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+from fastapi import Request
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from agentserve.core import SamplingParams
+from agentserve.server.errors import BadRequest
+
+LARGE_BODY = 128 * 1024  # bytes; larger bodies are validated in a thread
+
+
+class Body(BaseModel):
+    """A JSON object whose unknown fields are refused, and whose types are not converted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+B = TypeVar("B", bound=Body)
+
+
+async def read(request: Request, kind: type[B]) -> B:
+    """The request's body as a `kind`.
+
+    Raises:
+        BadRequest: no JSON, an unknown field, or a wrong type; names the field.
+    """
+    data = await request.body()
+    try:
+        if len(data) > LARGE_BODY:
+            return await asyncio.to_thread(kind.model_validate_json, data)
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        raise _bad_request(error.errors(include_url=False)[0]) from None
+
+
+def _bad_request(error: ErrorDetails) -> BadRequest:
+    path = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "json_invalid":
+        return BadRequest(f"the body is not JSON: {error['msg']}")
+    if error["type"] == "extra_forbidden":
+        return BadRequest(f"unknown field {path!r}", path, "unknown_field")
+    if error["type"] == "missing":
+        return BadRequest(f"field {path!r} is missing", path)
+    return BadRequest(f"{path or 'the body'}: {error['msg']}", path or None)
+
+
+def _text(content: Any) -> Any:
+    """Content as one string: text parts are joined, other parts refused."""
+    if not isinstance(content, list):
+        return content
+    for index, part in enumerate(content):
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else part
+            what = {"index": index, "kind": repr(kind)}
+            raise PydanticCustomError("content_part", "part {index} must be of type text, got {kind}", what)
+    return "".join(part["text"] for part in content)
+
+
+Text = Annotated[str | None, BeforeValidator(_text)]
+
+
+class FunctionBody(Body):
+    """Name and arguments (JSON text) of a call."""
+
+    name: str
+    arguments: str
+
+
+class ToolCallBody(Body):
+    """A call that an assistant message made."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionBody
+    index: int | None = None
+
+
+class Message(Body):
+    """One message in OpenAI's form. The last four fields are ones that clients send back empty."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text = None
+    name: str | None = None
+    tool_calls: list[ToolCallBody] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    refusal: None = None
+    annotations: list[None] | None = None
+    audio: None = None
+    function_call: None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as chat templates expect it: text content, and arguments as objects where they are JSON."""
+        out: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": self.content or "",
+        }
+        for name in ("name", "tool_call_id", "reasoning_content"):
+            if (value := getattr(self, name)) is not None:
+                out[name] = value
+        if self.tool_calls:
+            out["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.function.name, "arguments": _object(call.function.arguments)},
+                }
+                for call in self.tool_calls
+            ]
+        return out
+
+
+def _object(arguments: str) -> Any:
+    try:
+        value = json.loads(arguments)
+    except ValueError:
+        return arguments
+    return value if isinstance(value, dict) else arguments
+
+
+def for_template(messages: Sequence[Message], param: str = "messages") -> list[dict[str, Any]]:
+    """Messages as chat templates expect them.
+
+    Raises:
+        BadRequest: a message has no content where it needs one.
+    """
+    for index, message in enumerate(messages):
+        if message.content is None and not (message.role == "assistant" and message.tool_calls):
+            raise BadRequest(f"a {message.role} message must have content", f"{param}.{index}.content")
+        if message.tool_calls and message.role != "assistant":
+            raise BadRequest("only assistant messages have tool_calls", f"{param}.{index}.tool_calls")
+    return [message.for_template() for message in messages]
+
+
+class ToolFunction(Body):
+    """A function that the model may call. `strict` true is refused: it cannot be enforced."""
+
+    name: str = Field(min_length=1)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Literal[False] | None = None
+
+
+class Tool(Body):
+    """A tool in OpenAI's form."""
+
+    type: Literal["function"]
+    function: ToolFunction
+
+
+def _tool(raw: dict[str, Any]) -> dict[str, Any]:
+    try:
+        Tool.model_validate(raw)
+    except ValidationError as error:
+        detail = error.errors(include_url=False)[0]
+        path = ".".join(str(part) for part in detail["loc"])
+        raise PydanticCustomError("tool", "{path}: {why}", {"path": path, "why": detail["msg"]}) from None
+    return raw  # as it was sent, so that the template writes its keys in the client's order
+
+
+Tools = list[Annotated[dict[str, Any], AfterValidator(_tool)]]
+
+
+def _stops(stop: Any) -> Any:
+    return [stop] if isinstance(stop, str) else stop
+
+
+class SamplingBody(Body):
+    """How a reply is sampled: the fields that chat, completions and session turns share."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    seed: int | None = None
+    stop: Annotated[list[str] | None, BeforeValidator(_stops)] = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    stream: bool | None = None
+    return_token_ids: bool | None = None
+
+    def sampling_params(self, max_tokens: int, logprobs: int | None, vocab_size: int) -> SamplingParams:
+        """The fields as the engine knows them.
+
+        Args:
+            logprobs: None, or how many of the likeliest tokens to report beside the sampled one.
+
+        Raises:
+            BadRequest: a value out of range; names the field.
+        """
+        values: dict[str, Any] = {"max_tokens": max_tokens, "logprobs": logprobs}
+        for name in ("temperature", "top_p", "top_k", "min_p", "min_tokens", "seed", "ignore_eos",
+                     "presence_penalty", "frequency_penalty", "repetition_penalty"):  # fmt: skip
+            if (value := getattr(self, name)) is not None:
+                values[name] = value
+        if self.stop:
+            values["stop"] = tuple(self.stop)
+        if self.stop_token_ids:
+            values["stop_token_ids"] = tuple(self.stop_token_ids)
+        if self.logit_bias:
+            values["logit_bias"] = {_token_id(key): bias for key, bias in self.logit_bias.items()}
+        for name in ("stop_token_ids", "logit_bias"):
+            for i in values.get(name, ()):
+                if not 0 <= i < vocab_size:
+                    raise BadRequest(f"{name} holds token id {i}, the vocabulary has {vocab_size}", name)
+        try:
+            return SamplingParams(**values)
+        except ValueError as error:
+            raise BadRequest(str(error), str(error).split(" ", 1)[0]) from None
+
+
+def _token_id(key: str) -> int:
+    try:
+        return int(key)
+    except ValueError:
+        raise BadRequest(f"keys must be token ids, got {key!r}", "logit_bias") from None
+
+
+class StreamOptions(Body):
+    """`include_usage` asks for a last chunk with the usage."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class OpenAIBody(SamplingBody):
+    """What chat and completions share. The last fields are accepted because they change no reply."""
+
+    model: str | None = None
+    n: int | None = Field(default=None, ge=1, le=128)
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    store: bool | None = None
+    metadata: dict[str, str] | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+
+class ChatBody(OpenAIBody):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    tools: Tools | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    response_format: Any = None
+
+    def check(self) -> None:
+        """Refuse what would need constrained sampling.
+
+        Raises:
+            BadRequest: names the field and what works instead.
+        """
+        if self.tool_choice not in (None, "auto"):
+            message = f"tool_choice {self.tool_choice!r} is not supported: leave it out or send 'auto'"
+            raise BadRequest(message, "tool_choice", "unsupported_value")
+        if self.parallel_tool_calls is False:
+            message = "parallel_tool_calls false cannot be enforced: leave it out"
+            raise BadRequest(message, "parallel_tool_calls", "unsupported_value")
+        if self.response_format is not None and self.response_format != {"type": "text"}:
+            message = 'only response_format {"type": "text"} is supported'
+            raise BadRequest(message, "response_format", "unsupported_value")
+        if self.top_logprobs and not self.logprobs:
+            raise BadRequest("top_logprobs needs logprobs: true", "top_logprobs")
+        if None not in (self.max_tokens, self.max_completion_tokens):
+            raise BadRequest("give max_tokens or max_completion_tokens, not both", "max_tokens")
+
+
+class CompletionBody(OpenAIBody):
+    """`POST /v1/completions`. `prompt` is text, token ids, or a list of either."""
+
+    prompt: Any
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+    echo: Literal[False] | None = None
+    suffix: None = None
+    best_of: Literal[1] | None = None
+
+
+class SessionBody(Body):
+    """`POST /v1/sessions`."""
+
+    system: str | None = None
+    tools: Tools | None = None
+    messages: list[Message] | None = None
+    ttl_s: float | None = Field(default=None, gt=0)
+    metadata: dict[str, str] | None = None
+
+
+class TurnBody(SamplingBody):
+    """`POST /v1/sessions/{id}/turns`."""
+
+    messages: list[Message] | None = None
+    token_ids: list[int] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)

@@ -1,0 +1,240 @@
+"""The session endpoints: open, take a turn, look, close. A turn appends to the token log only when it has ended well.
+
+A turn that fails, is aborted or loses its client leaves the session as it was before: it can be sent again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import ExitStack, aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Request, Response
+
+from agentserve.control.formats import parse_reply
+from agentserve.server.errors import BadRequest
+from agentserve.server.generation import (
+    EventStream,
+    Generation,
+    Serving,
+    json_response,
+    serving,
+    while_connected,
+)
+from agentserve.server.schemas import SessionBody, TurnBody, for_template, read
+from agentserve.session.log import Piece
+from agentserve.session.report import TurnReport
+from agentserve.session.store import Session, SessionGone
+
+router = APIRouter(prefix="/v1/sessions")
+
+
+@router.post("")
+async def open_session(request: Request) -> Response:
+    """Open a session. Its messages are rendered with the first turn."""
+    parts, body = serving(request), await read(request, SessionBody)
+    messages = for_template(body.messages or [])
+    if body.system is not None:
+        messages.insert(0, {"role": "system", "content": body.system})
+    if (messages or body.tools) and not parts.tokenizer.has_chat_template:
+        name = "tools" if not messages else "system" if body.system is not None else "messages"
+        raise BadRequest("this model has no chat template: open an empty session and append token_ids", name)
+    session = parts.store.open(
+        tools=body.tools, messages=messages, metadata=body.metadata, ttl_s=body.ttl_s
+    )  # fmt: skip
+    out = {
+        "id": session.id, "model": parts.model_name, "created": int(session.created), "turns": 0, "prompt_tokens": 0,
+    }  # fmt: skip
+    return json_response(out, 201)
+
+
+@router.get("")
+async def list_sessions(request: Request) -> Response:
+    """The open sessions, with totals over their turns."""
+    data = [
+        {
+            "id": session.id,
+            "status": session.status,
+            "turns": len(session.turns),
+            "prompt_tokens": sum(turn.prompt for turn in session.turns),
+            "cached_tokens": sum(turn.cached for turn in session.turns),
+        }
+        for session in serving(request).store.sessions()
+    ]
+    return json_response({"data": data})
+
+
+@router.get("/{session_id}")
+async def show_session(request: Request, session_id: str) -> Response:
+    """A session's turns and segments; with `?tokens=true`, its whole token log."""
+    parts = serving(request)
+    for name, value in request.query_params.items():
+        if name != "tokens" or value not in ("true", "false"):
+            raise BadRequest(f"the query may hold tokens=true or tokens=false, got {name}={value}", name)
+    session = parts.store.get(session_id)
+    log = session.log
+    out: dict[str, Any] = {
+        "id": session.id,
+        "status": session.status,
+        "model": parts.model_name,
+        "created": session.created,
+        "last_used": session.last_used,
+        "metadata": session.metadata,
+        "turns": [turn.entry() for turn in session.turns],
+        "segments": [{"role": s.role, "start": s.start, "end": s.end, "loss": s.loss} for s in log.segments],
+    }
+    if request.query_params.get("tokens") == "true":
+        out |= {
+            "token_ids": log.ids().tolist(),
+            "loss_mask": log.loss_mask().tolist(),
+            "logprobs": log.logprobs().tolist(),
+            "weight_versions": log.weight_versions().tolist(),
+        }
+    return json_response(out)
+
+
+@router.delete("/{session_id}")
+async def close_session(request: Request, session_id: str) -> Response:
+    """Close a session; a turn in progress ends with 410."""
+    session = serving(request).store.close(session_id)
+    return json_response({"id": session.id, "status": "closed"})
+
+
+@router.post("/{session_id}/turns")
+async def take_turn(request: Request, session_id: str) -> Response:
+    """Append messages or token ids, and let the model reply."""
+    started = time.perf_counter()
+    parts, body = serving(request), await read(request, TurnBody)
+    if (body.messages is None) == (body.token_ids is None):
+        raise BadRequest("give either messages or token_ids, exactly one of them", "messages")
+    if body.top_logprobs and not body.logprobs:
+        raise BadRequest("top_logprobs needs logprobs: true", "top_logprobs")
+    session = parts.store.begin_turn(session_id)
+    closing = ExitStack()
+    closing.callback(parts.store.end_turn, session)
+    with closing:
+        pieces = await _pieces(parts, session, body)
+        if session.gone is not None:
+            raise SessionGone(f"session {session.id} {session.gone}")
+        turn = _begin(parts, session, body, pieces, started)
+        closing.callback(turn.generation.close)
+        session.active = turn.generation
+        if body.stream:
+            return EventStream(turn.events(), turn.generation.fail, closing.pop_all().close)
+        async with while_connected(request.receive, turn.generation.fail):
+            await turn.generation.run()
+        return json_response(turn.commit())
+
+
+async def _pieces(parts: Serving, session: Session, body: TurnBody) -> list[Piece]:
+    """What this turn appends before the model's reply."""
+    renderer = parts.renderer
+    if body.token_ids is not None:
+        try:
+            parts.check_ids(np.array(body.token_ids, np.int32), "token_ids")
+        except OverflowError:
+            raise BadRequest("token ids must fit into 32 bits", "token_ids") from None
+    messages = for_template(body.messages or [])
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant":
+            raise BadRequest("assistant messages are what the model samples", f"messages.{index}.role")
+
+    def render() -> list[Piece]:
+        opening = not session.turns and (session.pending or body.messages is not None)
+        pieces = []
+        if opening:
+            pieces = renderer.opening([*session.pending, *messages], session.tools, body.messages is not None)
+        elif body.messages is not None:
+            pieces = renderer.delta(messages, session.tools, session.log.last, frozenset(parts.tokenizer.eos_token_ids))
+        if body.token_ids is not None:
+            pieces = [*pieces, Piece("user", body.token_ids)]
+        return pieces
+
+    if not session.turns and body.messages == [] and not session.pending:
+        raise BadRequest("the session is empty: the first turn must bring a message", "messages")
+    try:
+        return await asyncio.to_thread(render)
+    except ValueError as error:
+        raise BadRequest(str(error), "messages") from None
+
+
+def _begin(parts: Serving, session: Session, body: TurnBody, pieces: list[Piece], started: float) -> Turn:
+    fresh = [i for piece in pieces for i in piece.ids]
+    prompt = session.log.ids(fresh)
+    param = "messages" if body.token_ids is None else "token_ids"
+    room = parts.room(len(prompt), body.max_tokens, param)
+    # always with logprobs: the log keeps that of every sampled token
+    params = body.sampling_params(room, body.top_logprobs or 0, parts.vocab_size)
+    generation = Generation(parts, prompt, params, tools=bool(session.tools), started=started)
+    return Turn(session, body, pieces, fresh, generation)
+
+
+@dataclass(eq=False)
+class Turn:
+    """A turn in progress: what it will append, and the reply as far as it has come."""
+
+    session: Session
+    body: TurnBody
+    pieces: list[Piece]
+    fresh: list[int]
+    generation: Generation
+    result: dict[str, Any] = field(default_factory=dict)
+
+    async def events(self) -> AsyncGenerator[Any, None]:
+        """The turn as a stream: deltas, then the whole of it."""
+        async with aclosing(self.generation.chunks()) as chunks:
+            async for chunk in chunks:
+                event = {"type": "delta", "text": chunk.text}
+                yield event | ({"token_ids": chunk.token_ids} if self.body.return_token_ids else {})
+        yield {"type": "turn", **self.commit()}
+
+    def commit(self) -> dict[str, Any]:
+        """Append the turn to the session's log; the reply's object."""
+        session, generation = self.session, self.generation
+        if session.gone is not None:
+            raise SessionGone(f"session {session.id} {session.gone}")
+        for piece in self.pieces:
+            session.log.append(piece)
+        session.log.append_sampled(generation.token_ids, generation.logprobs, generation.weight_versions)
+        content, calls = parse_reply(generation.text) if session.tools else (generation.text, [])
+        reason = generation.finish_reason or "stop"
+        versions = generation.weight_versions
+        report = TurnReport(
+            turn=len(session.turns),
+            prompt=len(generation.prompt),
+            cached=generation.cached_tokens,
+            completion=len(generation.token_ids),
+            ttft_ms=round(generation.first_s * 1e3, 3),
+            total_ms=round(generation.total_s * 1e3, 3),
+            finish_reason="tool_calls" if calls and reason == "stop" else reason,
+            weight_versions=(min(versions), max(versions)) if versions else (),
+        )
+        session.turns.append(report)
+        session.pending = []
+        message: dict[str, Any] = {"role": "assistant", "content": content or (None if calls else "")}
+        if calls:
+            message["tool_calls"] = [call.to_openai() for call in calls]
+        out = {
+            "session_id": session.id,
+            "turn": report.turn,
+            "message": message,
+            "finish_reason": report.finish_reason,
+            "logprobs": generation.logprobs if self.body.logprobs else None,
+            "usage": {
+                "prompt_tokens": report.prompt,
+                "completion_tokens": report.completion,
+                "total_tokens": report.prompt + report.completion,
+                "prompt_tokens_details": {"cached_tokens": report.cached},
+            },
+            "report": report.report(),
+            "timings": report.timings(),
+        }
+        if self.body.top_logprobs:
+            out["top_logprobs"] = [[[token, value] for token, value in top] for top in generation.top_logprobs]
+        if self.body.return_token_ids:
+            out |= {"prompt_token_ids": self.fresh, "token_ids": generation.token_ids, "weight_versions": versions}
+        return out

@@ -1,0 +1,59 @@
+"""What a trainer and an operator do to a running engine: new weights, a flushed cache, and a look at its counters."""
+
+from __future__ import annotations
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+
+from agentserve.server.errors import BadRequest
+from agentserve.server.generation import json_response, serving
+from agentserve.server.metrics import CONTENT_TYPE
+
+router = APIRouter()
+MAX_VERSION = 2**31 - 1
+
+
+@router.post("/v1/weights")
+async def update_weights(request: Request) -> Response:
+    """Put the tensors of a safetensors file into the model between two steps; later tokens carry `version`."""
+    parts = serving(request)
+    for name in request.query_params:
+        if name != "version":
+            raise BadRequest(f"unknown query parameter {name!r}", name)
+    text = request.query_params.get("version", "")
+    if not text.isdecimal() or not 0 < int(text) <= MAX_VERSION:
+        raise BadRequest(f"version must be an integer from 1 to {MAX_VERSION}, got {text!r}", "version")
+    payload = await request.body()
+    if not payload:
+        raise BadRequest("the body is empty: send the bytes of a safetensors file", "body")
+    return json_response({"version": await parts.engine.update_weights(int(text), payload)})
+
+
+@router.post("/v1/cache/flush")
+async def flush_cache(request: Request) -> Response:
+    """Forget every cached prefix that no running request holds."""
+    await serving(request).engine.flush_cache()
+    return json_response({"flushed": True})
+
+
+@router.get("/v1/stats")
+async def stats(request: Request) -> Response:
+    """The engine's counters and gauges now."""
+    return json_response(msgspec.to_builtins(await serving(request).engine.stats()))
+
+
+@router.get("/health")
+async def health(request: Request) -> Response:
+    """Whether requests can be served."""
+    parts = serving(request)
+    engine = parts.engine
+    if not engine.alive or engine.ready is None:
+        return json_response({"status": "unhealthy", "reason": engine.death or "the engine is not ready"}, 503)
+    version = engine.ready.weight_version if engine.latest is None else engine.latest.weight_version
+    return json_response({"status": "ok", "model": parts.model_name, "weight_version": version})
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Prometheus metrics."""
+    return Response(serving(request).metrics.expose(), media_type=CONTENT_TYPE)
