@@ -72,7 +72,9 @@ class _Collector:
         self.versions += output.weight_versions
         self.finish_reason = output.finish_reason
         if self.detokenizer is not None:
-            self.text.append(self.detokenizer.push(output.token_ids))
+            # the engine stops on ids only, and then the last one is that stop: an id of the reply, but no text
+            ids = output.token_ids[:-1] if output.finish_reason == FINISH_STOP else output.token_ids
+            self.text.append(self.detokenizer.push(ids))
             if self.detokenizer.stopped:
                 self._cut(self.detokenizer.tokens_used)
                 ended_by_engine = output.finish_reason is not None
