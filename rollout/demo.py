@@ -18,10 +18,10 @@ import msgspec
 import torch
 from rich.console import Console
 
-from agentserve.demo import MODEL_DIR
 from agentserve.demo import tasks as demo
 from agentserve.models import load_model
 from agentserve.sdk import Agent, AgentResult, Client, Done, ToolCall, ToolResult, TurnDone
+from agentserve.tokenizer import resolve_model_dir
 from rollout import display
 from rollout.coordinator import Rollout
 from rollout.episode import AgentSpec
@@ -44,6 +44,7 @@ ENGINE_FLAGS = [
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What decides how the RL run goes; the numbers are what 2 cores do in about two minutes."""
 
+    model: str = "demo"
     seed: int = 0
     steps: int = 12
     tasks_per_step: int = 10
@@ -63,9 +64,9 @@ class Outcome(msgspec.Struct, frozen=True):
     reports: list[StepReport]
 
 
-def start_services(stack: ExitStack) -> tuple[str, str]:
+def start_services(stack: ExitStack, model: str) -> tuple[str, str]:
     """Start the engine's server and the sandbox service; return their URLs. The stack stops them."""
-    server = stack.enter_context(Service("server", ["-m", "agentserve", "serve", "demo", *ENGINE_FLAGS]))
+    server = stack.enter_context(Service("server", ["-m", "agentserve", "serve", model, *ENGINE_FLAGS]))
     sandbox = stack.enter_context(Service("sandbox", ["-m", "sandbox", "--port", "0"]))
     return server.url, sandbox.url
 
@@ -119,7 +120,7 @@ def train(client: Client, sandbox: str, settings: Settings, progress: display.Ru
     questions = demo.tasks("train", settings.steps * settings.tasks_per_step, seed=settings.seed + 1)
     size = settings.tasks_per_step
     batches = [questions[start : start + size] for start in range(0, len(questions), size)]
-    trainer = GRPOTrainer(load_model(MODEL_DIR), settings.trainer)
+    trainer = GRPOTrainer(load_model(resolve_model_dir(settings.model)), settings.trainer)
     reports = []
     with rollout:
         progress.phase("measuring held-out tasks")
@@ -141,7 +142,7 @@ def run(settings: Settings, out: Path, console: Console) -> Outcome:
     torch.set_num_threads(max(1, torch.get_num_threads()))
     with ExitStack() as stack:
         with console.status("starting the engine and the sandbox service"):
-            server, sandbox = start_services(stack)
+            server, sandbox = start_services(stack, settings.model)
             client = stack.enter_context(Client(server))
         display.services(console, server, sandbox, time.monotonic() - started)
         show_tasks(console, client, sandbox, settings)
@@ -158,13 +159,14 @@ def main() -> int:
     """Read the command line and run. Exit status 0 when the policy is better afterwards."""
     defaults = Settings()
     parser = argparse.ArgumentParser(prog="python -m rollout.demo", description=run.__doc__)
+    parser.add_argument("--model", default=defaults.model, help="model directory, or 'demo' for the shipped one")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of tasks, sampling and training")
     parser.add_argument("--steps", type=int, default=defaults.steps, help="RL steps")
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="directory for the plot")
     options = parser.parse_args()
     if options.steps < 1 or options.seed < 0:
         parser.error("--steps must be at least 1 and --seed 0 or more")
-    settings = msgspec.structs.replace(defaults, seed=options.seed, steps=options.steps)
+    settings = msgspec.structs.replace(defaults, model=options.model, seed=options.seed, steps=options.steps)
     console = Console()
     # A polite kill cleans up as Ctrl-C does.
     signal.signal(signal.SIGTERM, _interrupt)

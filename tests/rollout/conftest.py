@@ -1,6 +1,44 @@
-"""Shares the SDK's test doubles, and starts the real services once for the tests that need them."""
+"""Shares the SDK's test doubles, and starts the real services for the tests that need them."""
 
+import os
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
+from rollout.demo import ENGINE_FLAGS
+from rollout.processes import Service, ServiceFailed
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "sdk"))
+
+
+def missing(part: str, reason: str) -> None:
+    """A named skip, or a failure where the part is required."""
+    if part in os.environ.get("AGENTSERVE_REQUIRE", ""):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def sandbox_url() -> Iterator[str]:
+    """A sandbox service of its own."""
+    if shutil.which("bwrap") is None:
+        missing("bubblewrap", "needs bubblewrap (apt-get install bubblewrap)")
+    try:
+        service = Service("sandbox", ["-m", "sandbox", "--port", "0"])
+    except ServiceFailed as error:
+        if "cannot isolate" not in str(error):
+            raise
+        missing("bubblewrap", str(error))
+        return
+    with service:
+        yield service.url
+
+
+@pytest.fixture(scope="module")
+def engine_url() -> Iterator[str]:
+    """The demo model, served afresh: weight version 0, nothing cached."""
+    with Service("server", ["-m", "agentserve", "serve", "demo", *ENGINE_FLAGS]) as service:
+        yield service.url
