@@ -174,6 +174,8 @@ Tools = list[Annotated[dict[str, Any], AfterValidator(_tool)]]
 
 
 def _stops(stop: Any) -> Any:
+    if stop is not None and not isinstance(stop, str | list):
+        raise PydanticCustomError("stop", "must be a string or a list of strings")
     return [stop] if isinstance(stop, str) else stop
 
 

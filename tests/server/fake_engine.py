@@ -107,7 +107,7 @@ class FakeEngine:
                     [self.version],
                     request["cached"],
                     reason,
-                )  # fmt: skip
+                )
             )
             self.counts["generated"] += 1
             if reason is not None:
@@ -124,8 +124,9 @@ class FakeEngine:
 
     def handle(self, message: object) -> list[object]:
         if isinstance(message, Generate):
+            self.admit()
             if len(self.waiting) >= self.config.max_waiting:
-                error = "the queue is full"
+                error = f"{len(self.waiting)} requests are waiting, max_waiting is {self.config.max_waiting}"
                 return [Outputs([TokenOutput(message.request_id, [], [], [], [], 0, "error", error)], self.stats())]
             self.waiting.append(message)
         elif isinstance(message, Abort):
@@ -182,7 +183,7 @@ def main() -> None:
                     num_pages=config.num_pages,
                     page_size=config.page_size,
                     dtype="float32",
-                )  # fmt: skip
+                )
             )
         )
     while True:

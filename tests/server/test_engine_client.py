@@ -37,7 +37,7 @@ async def ids(client: EngineClient, **params: int) -> list[int]:
 
 async def until(condition) -> None:
     async with asyncio.timeout(5):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 (what is waited for is another process)
             await asyncio.sleep(0.01)
 
 
