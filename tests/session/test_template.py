@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.session.tokenizer_kit import byte_level, save
 
 from agentserve.demo.template import CHAT_TEMPLATE as DEMO_TEMPLATE
 from agentserve.session.log import Piece, TokenLog
 from agentserve.session.template import DeltaRenderer
 from agentserve.tokenizer import Tokenizer
+from tests.session.tokenizer_kit import byte_level, save
 
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}]
 CALL = '\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.session.tokenizer_kit import byte_fallback, byte_level, save
 
 from agentserve.tokenizer import Detokenizer, Tokenizer, resolve_model_dir
+from tests.session.tokenizer_kit import byte_fallback, byte_level, save
 
 RELAXED = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TEXT = st.text(alphabet=st.sampled_from('ab <>/{}"é你😀\n\u0301'), max_size=40)

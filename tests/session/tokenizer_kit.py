@@ -93,7 +93,7 @@ def byte_fallback() -> Tokenizer:
 
 
 def save(directory: Path, tokenizer: Tokenizer, style: str = "chatml", config: dict[str, Any] | None = None) -> Path:
-    """Write a model directory that has a tokenizer, a template and a config.json, but no weights."""
+    """Write a model directory that has a tokenizer, a template and a config.json; weights may lie there already."""
     directory.mkdir(parents=True, exist_ok=True)
     eos = "<|eot_id|>" if style == "llama3" else "<|im_end|>"
     if tokenizer.token_to_id(eos) is None:
@@ -101,6 +101,7 @@ def save(directory: Path, tokenizer: Tokenizer, style: str = "chatml", config: d
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, clean_up_tokenization_spaces=False)
     fast.chat_template = STYLES[style]
     fast.save_pretrained(str(directory))
-    config = {"model_type": "qwen3", "eos_token_id": tokenizer.token_to_id(eos)} | (config or {})
-    (directory / "config.json").write_text(json.dumps(config))
+    path = directory / "config.json"
+    config = {"model_type": "qwen3"} | (json.loads(path.read_text()) if path.exists() else {}) | (config or {})
+    path.write_text(json.dumps(config | {"eos_token_id": tokenizer.token_to_id(eos)}))
     return directory

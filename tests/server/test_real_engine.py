@@ -1,0 +1,151 @@
+"""The server in front of the real engine, with a random checkpoint: tokens, hits, weights, aborts, a killed process."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save as to_safetensors
+
+from tests.conftest import reference_greedy
+from tests.server.conftest import Running, serve
+from tests.session.tokenizer_kit import byte_level, save
+
+SIZES: dict[str, Any] = {"vocab_size": 448, "max_position_embeddings": 2048}
+FIELDS: dict[str, Any] = {"dtype": "float32", "kv_tokens": 4096, "page_size": 8, "threads": 1}
+
+
+@pytest.fixture(scope="module")
+def real(
+    checkpoint: Callable[..., tuple[Any, Path]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Running, Any]]:
+    model, source = checkpoint("Qwen3", **SIZES)
+    directory = tmp_path_factory.mktemp("models") / "random"
+    shutil.copytree(source, directory)
+    (directory / "generation_config.json").unlink(missing_ok=True)
+    save(directory, byte_level(), "hermes")
+    with serve(directory, **FIELDS) as server:
+        yield server, model
+
+
+def post(server: Running, path: str, **body: Any) -> dict[str, Any]:
+    with server.http() as http:
+        reply = http.post(path, json=body)
+        assert reply.is_success, reply.text
+        return reply.json()
+
+
+def test_greedy_tokens_are_the_references(real: tuple[Running, Any]) -> None:
+    server, model = real
+    prompt = np.random.default_rng(0).integers(10, 400, 50).tolist()
+    body = {"prompt": prompt, "max_tokens": 24, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    expected = reference_greedy(model, prompt, 24)
+    for cached in (0, 48):
+        reply = post(server, "/v1/completions", **body)
+        assert reply["choices"][0]["token_ids"] == expected
+        assert reply["usage"]["prompt_tokens_details"]["cached_tokens"] == cached
+    text = post(server, "/v1/completions", **body, logprobs=3)["choices"][0]
+    assert text["text"] == server.tokenizer.decode(expected)
+    assert len(text["logprobs"]["token_logprobs"]) == 24
+    assert all(value <= 0 for value in text["logprobs"]["token_logprobs"])
+
+
+def test_turns_hit_all_but_what_is_new(real: tuple[Running, Any]) -> None:
+    server, _ = real
+    session = post(server, "/v1/sessions", system="Be kind. " * 5)["id"]
+    end = 0
+    for turn in range(4):
+        reply = post(
+            server,
+            f"/v1/sessions/{session}/turns",
+            messages=[{"role": "user", "content": f"question {turn}"}],
+            max_tokens=9,
+            seed=turn,
+            return_token_ids=True,
+            ignore_eos=True,
+        )
+        report = reply["report"]
+        assert report["prompt"] == end + len(reply["prompt_token_ids"])
+        if turn:
+            # all whole pages of what was computed before; the last sampled token never was
+            assert report["cached"] == (end - 1) // 8 * 8
+        end = report["prompt"] + len(reply["token_ids"])
+    with server.http() as http:
+        log = http.get(f"/v1/sessions/{session}?tokens=true").json()
+    assert len(log["token_ids"]) == end
+    assert sum(log["loss_mask"]) == 36
+    assert all((value < 0) == bool(mask) for value, mask in zip(log["logprobs"], log["loss_mask"], strict=True))
+
+
+def test_new_weights_change_the_tokens_and_their_version(real: tuple[Running, Any]) -> None:
+    server, model = real
+    prompt = list(range(20, 40))
+    body = {"prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    before = post(server, "/v1/completions", **body)["choices"][0]["token_ids"]
+    assert before == reference_greedy(model, prompt, 8)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    name = "model.layers.1.mlp.down_proj.weight"
+    changed = {name: state[name] + torch.randn_like(state[name])}
+    with server.http() as http:
+        bad = http.post("/v1/weights?version=5", content=to_safetensors({"no.such.tensor": torch.zeros(2)}))
+        assert (bad.status_code, "no.such.tensor" in bad.text) == (400, True)
+        assert http.post("/v1/weights?version=5", content=b"nonsense").status_code == 400
+        assert http.get("/health").json()["weight_version"] == 0
+        good = http.post("/v1/weights?version=5", content=to_safetensors(changed))
+        assert good.json() == {"version": 5}, good.text
+        assert http.get("/health").json()["weight_version"] == 5
+    after = post(server, "/v1/completions", **body)
+    assert after["usage"]["prompt_tokens_details"]["cached_tokens"] == 0  # nothing stale is matched
+    try:
+        model.load_state_dict(state | changed)
+        assert after["choices"][0]["token_ids"] == reference_greedy(model, prompt, 8) != before
+    finally:
+        model.load_state_dict(state)
+    session = post(server, "/v1/sessions")["id"]
+    turn = post(server, f"/v1/sessions/{session}/turns", token_ids=[9, 8], max_tokens=2, return_token_ids=True)
+    assert set(turn["weight_versions"]) == {5}
+
+
+def test_leaving_aborts_in_the_engine_too(real: tuple[Running, Any]) -> None:
+    server, _ = real
+    body = {"prompt": [11, 12], "max_tokens": 1500, "ignore_eos": True}
+    for stream in (True, False):
+        server.leave("/v1/completions", body | {"stream": stream}, seconds=0.2)
+
+    def idle() -> bool:
+        with server.http() as http:
+            stats = http.get("/v1/stats").json()
+        return stats["running"] == stats["waiting"] == 0 and stats["pages_held"] == stats["pages_retiring"] == 0
+
+    server.until(idle)
+
+
+def test_killing_the_real_engine(real: tuple[Running, Any]) -> None:
+    """Last in this file: it leaves a dead engine behind."""
+    server, _ = real
+    replies: list[httpx.Response] = []
+
+    def ask() -> None:
+        with server.http() as http:
+            replies.append(http.post("/v1/completions", json={"prompt": [11], "max_tokens": 1900, "ignore_eos": True}))
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    server.until(lambda: server.parts.engine.in_flight == 3)
+    assert server.parts.engine.pid is not None
+    os.kill(server.parts.engine.pid, signal.SIGKILL)
+    for thread in threads:
+        thread.join(2)
+    assert [reply.status_code for reply in replies] == [503] * 3
+    with server.http() as http:
+        assert http.get("/health").status_code == 503
