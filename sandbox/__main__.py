@@ -73,9 +73,10 @@ async def _serve(config: ServiceConfig, listener: socket.socket) -> int:
     assert task is not None
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, task.cancel)
-    manager = Manager(config)
+    manager: Manager | None = None
     try:
         try:
+            manager = Manager(config)
             await manager.start()
         except IsolationUnavailable as error:
             print(f"sandbox: not started, because this machine cannot isolate: {error}", file=sys.stderr)
@@ -102,7 +103,8 @@ async def _serve(config: ServiceConfig, listener: socket.socket) -> int:
     except asyncio.CancelledError:
         return 0
     finally:
-        await manager.close()
+        if manager is not None:
+            await manager.close()
 
 
 class _quiet_signals:
@@ -124,6 +126,7 @@ def serve(
         str | None, typer.Option(envvar="AGENTSERVE_SANDBOX_TOKEN", help="Bearer token that clients must send.")
     ] = None,
     state_dir: Annotated[str | None, typer.Option(help="Where workspaces and locks live.")] = None,
+    bwrap: Annotated[str | None, typer.Option(help="A bubblewrap executable other than the system's.")] = None,
     python: Annotated[str, typer.Option(help="The python3 inside: auto, system or prefix.")] = "auto",
     workspace: Annotated[str, typer.Option(help="Workspaces on: auto, tmpfs or directory.")] = "auto",
     cgroups: Annotated[str, typer.Option(help="Control groups: auto or off.")] = "auto",
@@ -142,6 +145,7 @@ def serve(
         backend=backend,
         token=token,
         state_dir=state_dir,
+        bwrap=bwrap,
         python=python,
         workspace=workspace,
         cgroups=cgroups,

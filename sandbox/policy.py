@@ -25,8 +25,9 @@ _MIN_LIMITS = Limits(
 class ServiceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything the operator may set. Sizes in bytes, times in seconds.
 
-    `python` chooses the interpreter inside: "auto" takes the system's and else the one running the service, "system"
-    and "prefix" insist on one. `workspace` is "auto", "tmpfs" (hard size limit, needs root) or "directory" (polled).
+    `bwrap` is the executable to use instead of the system's. `python` chooses the interpreter inside: "auto" takes the
+    system's and else the one running the service, "system" and "prefix" insist on one. `workspace` is "auto", "tmpfs"
+    (hard size limit, needs root) or "directory" (polled). `cgroups` is "auto" or "off".
     """
 
     host: str = "127.0.0.1"
@@ -34,6 +35,7 @@ class ServiceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     token: str | None = None
     backend: str = "bubblewrap"
     state_dir: str | None = None
+    bwrap: str | None = None
     python: str = "auto"
     workspace: str = "auto"
     cgroups: str = "auto"

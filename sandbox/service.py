@@ -15,6 +15,7 @@ from urllib.parse import unquote_to_bytes
 
 import msgspec
 from fastapi import FastAPI, Request, Response
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -33,6 +34,15 @@ from sandbox.schema import (
 )
 
 _PING_S = 10.0
+
+
+class _FilePath(PathConvertor):
+    """A path in a URL whose names may hold newlines, as file names may."""
+
+    regex = r"[\s\S]*"
+
+
+register_url_convertor("file", _FilePath())
 _encode = msgspec.json.encode
 _T = TypeVar("_T")
 _FIELD = re.compile(r" - at `\$\.?([^`]*)`$")
@@ -118,12 +128,12 @@ def _add_routes(app: FastAPI, config: ServiceConfig) -> None:
     async def list_files(sandbox_id: str, path: str = ".") -> Response:
         return _json(await manager().use(sandbox_id).list_files(path.encode("utf-8", "surrogateescape")))
 
-    @app.get("/v1/sandboxes/{sandbox_id}/files/{path:path}")
+    @app.get("/v1/sandboxes/{sandbox_id}/files/{path:file}")
     async def read_file(sandbox_id: str, request: Request) -> Response:
         data = await manager().use(sandbox_id).read_file(_file_path(request), config.max_file_bytes)
         return Response(data, media_type="application/octet-stream")
 
-    @app.put("/v1/sandboxes/{sandbox_id}/files/{path:path}")
+    @app.put("/v1/sandboxes/{sandbox_id}/files/{path:file}")
     async def write_file(sandbox_id: str, request: Request, mode: str = "644") -> Response:
         if not re.fullmatch(r"0?[0-7]{3}", mode):
             raise SandboxError(400, "invalid_request", f"mode is {mode!r}; three octal digits, like 644 or 755", "mode")
@@ -132,7 +142,7 @@ def _add_routes(app: FastAPI, config: ServiceConfig) -> None:
         created = await manager().use(sandbox_id).write_file(_file_path(request), data, int(mode, 8))
         return Response(status_code=201 if created else 204)
 
-    @app.delete("/v1/sandboxes/{sandbox_id}/files/{path:path}")
+    @app.delete("/v1/sandboxes/{sandbox_id}/files/{path:file}")
     async def delete_file(sandbox_id: str, request: Request) -> Response:
         await manager().use(sandbox_id).delete_file(_file_path(request))
         return Response(status_code=204)

@@ -63,7 +63,7 @@ class BubblewrapBackend(Backend):
     # -- start and end -------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        self._bwrap, self._version = probe.find_bwrap()
+        self._bwrap, self._version = probe.find_bwrap(self.config.bwrap)
         try:
             self._instance = instance.claim(Path(self.config.state_dir) if self.config.state_dir else None)
             if self.is_root:

@@ -5,6 +5,7 @@ earlier instances left. The lock is the truth: a directory whose lock can be tak
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import stat
@@ -19,6 +20,7 @@ from sandbox.backends import cgroup
 MAX_INSTANCES = 64
 UIDS_PER_INSTANCE = 2048
 _FIRST_UID = 0x3A000000  # far above people, system accounts and the ranges that newuidmap hands out
+_UID_REGIONS = 4096
 _FIRST_UID_IN_CONTAINER = 32768  # where a user namespace maps only the first 65536 ids
 
 
@@ -35,9 +37,16 @@ class Instance:
         return self.root / "workspaces"
 
     @property
+    def _place(self) -> str:
+        """A short name for the state directory, the same at every start."""
+        return hashlib.sha256(os.fsencode(self.root.parent.resolve())).hexdigest()[:12]
+
+    @property
     def first_uid(self) -> int:
         """Raises OSError when this user namespace has no ids to give."""
-        for base in (_FIRST_UID, _FIRST_UID_IN_CONTAINER):
+        # Services with different state directories do not know of each other; keep their blocks apart.
+        spread = int(self._place, 16) % _UID_REGIONS * MAX_INSTANCES * UIDS_PER_INSTANCE
+        for base in (_FIRST_UID + spread, _FIRST_UID_IN_CONTAINER):
             first = base + self.index * UIDS_PER_INSTANCE
             for line in Path("/proc/self/uid_map").read_text().splitlines():
                 inside, _, count = map(int, line.split())
@@ -47,7 +56,7 @@ class Instance:
 
     @property
     def group_name(self) -> str:
-        return f"agentserve-sandbox-{os.geteuid()}-{self.index}"
+        return f"agentserve-sandbox-{self._place}-{self.index}"
 
     def remember_cgroups(self, tree: cgroup.Tree) -> None:
         """Write down where our control groups are, for whoever cleans up after us."""
@@ -75,6 +84,10 @@ def claim(state_dir: Path | None) -> Instance:
     status = state.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
         raise PermissionError(f"{state} must be a directory that only uid {os.geteuid()} may write")
+    if os.geteuid() == 0:
+        for parent in state.absolute().parents:
+            if not parent.stat().st_mode & 0o001:
+                raise PermissionError(f"{parent} cannot be passed by the sandboxes' own uids; choose another place")
     state.chmod(0o711)  # sandboxes' uids must be able to pass, not to list
     mine: Instance | None = None
     for index in range(MAX_INSTANCES):

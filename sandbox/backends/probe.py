@@ -54,11 +54,11 @@ class Facts:
     python_version: str = ""
 
 
-def find_bwrap() -> tuple[str, tuple[int, ...]]:
-    """The executable and its version. Raises IsolationUnavailable."""
-    path = shutil.which("bwrap", path="/usr/bin:/bin:/usr/local/bin:" + os.environ.get("PATH", ""))
+def find_bwrap(given: str | None = None) -> tuple[str, tuple[int, ...]]:
+    """The executable (the one given, or the system's) and its version. Raises IsolationUnavailable."""
+    path = shutil.which(given or "bwrap", path="/usr/bin:/bin:/usr/local/bin:" + os.environ.get("PATH", ""))
     if path is None:
-        raise IsolationUnavailable("bubblewrap (bwrap) is not installed", INSTALL)
+        raise IsolationUnavailable(f"bubblewrap ({given or 'bwrap'}) is not installed", INSTALL)
     try:
         reply = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:

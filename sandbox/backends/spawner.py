@@ -19,6 +19,7 @@ Wire: a SOCK_SEQPACKET socket, one JSON object per packet, file descriptors as S
 
 from __future__ import annotations
 
+import array
 import ctypes
 import json
 import os
@@ -50,6 +51,16 @@ def _mount(source: str, target: str, kind: str | None, flags: int, options: str 
         libc.mount(encode(source), encode(target), encode(kind), ctypes.c_ulong(flags), encode(options)),
         f"mount {target}",
     )
+
+
+def receive(sock: socket.socket) -> tuple[bytes, list[int]]:
+    """One packet and its descriptors, closed on exec (socket.recv_fds drops its flags argument)."""
+    data, ancillary, _, _ = sock.recvmsg(65536, socket.CMSG_LEN(8 * 4), socket.MSG_CMSG_CLOEXEC)
+    fds = array.array("i")
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+    return data, list(fds)
 
 
 class Child:
@@ -111,7 +122,7 @@ class Spawner:
     # -- requests ------------------------------------------------------------------------------------------------
 
     def on_packet(self) -> None:
-        data, fds, _, _ = socket.recv_fds(self.sock, 65536, 8, socket.MSG_CMSG_CLOEXEC)
+        data, fds = receive(self.sock)
         if not data:
             self.die()
         message = json.loads(data)

@@ -138,7 +138,7 @@ class SpawnerLink:
     def _on_readable(self) -> None:
         while True:
             try:
-                data, fds, _, _ = socket.recv_fds(self.sock, 65536, 4, socket.MSG_CMSG_CLOEXEC)
+                data, fds = spawner.receive(self.sock)
             except BlockingIOError:
                 return
             except OSError as error:

@@ -219,8 +219,7 @@ async def test_cancelling_the_call_kills_the_command(service: Service) -> None:
     async with AsyncSandboxClient(service.url) as client:
         box = (await client.create()).id
         task = asyncio.create_task(client.exec(box, f"sleep {marker}"))
-        while not processes_with(marker):
-            await asyncio.sleep(0.02)
+        assert await asyncio.to_thread(wait_until, lambda: processes_with(marker))
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
