@@ -168,8 +168,9 @@ def main() -> int:
         parser.error("--steps must be at least 1 and --seed 0 or more")
     settings = msgspec.structs.replace(defaults, model=options.model, seed=options.seed, steps=options.steps)
     console = Console()
-    # A polite kill cleans up as Ctrl-C does.
-    signal.signal(signal.SIGTERM, _interrupt)
+    # A polite kill cleans up as Ctrl-C does, and Ctrl-C also where a shell had it ignored (`… &` in a script).
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
         outcome = run(settings, options.out, console)
     except KeyboardInterrupt:

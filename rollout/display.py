@@ -161,7 +161,8 @@ def plot(
     left.axhline(before.mean, color="tab:red", linestyle="--", label=f"held-out before: {before.mean:.0%}")
     left.axhline(after.mean, color="tab:green", linestyle="--", label=f"held-out after: {after.mean:.0%}")
     left.set(xlabel="RL step", ylabel="share of tasks solved", ylim=(0, 1), title="Reward")
-    left.legend(loc="lower right")
+    left.xaxis.get_major_locator().set_params(integer=True)
+    left.legend(loc="best")
     left.grid(alpha=0.3)
     names = sorted(set(kinds))
     for offset, color, evaluation, label in ((0.2, "tab:red", before, "before"), (-0.2, "tab:green", after, "after")):
@@ -169,7 +170,7 @@ def plot(
         right.barh([row + offset for row in range(len(names))], shares, height=0.38, color=color, label=label)
     right.set_yticks(range(len(names)), names)
     right.set(xlabel="share of tasks solved", xlim=(0, 1), title="Held-out tasks by kind")
-    right.legend(loc="lower left")
+    right.legend(loc="best")
     right.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -83,9 +83,9 @@ class Service:
         """Ask it to end, wait, and end what is left of its process group. Stopping twice does nothing."""
         if self._process.returncode is not None:
             return
-        self._process.terminate()
         ended = time.monotonic() + grace_s
-        # Looked at without reaping: as long as the leader is not reaped, its group's number cannot be given away.
+        # `Popen` would reap a leader that has ended. As long as it is not reaped, nobody else can get its number.
+        os.kill(self.pid, signal.SIGTERM)
         while time.monotonic() < ended and not _has_ended(self.pid):
             time.sleep(0.02)
         # Not permitted: what is left of the group runs as another user, and is its service's to end.

@@ -386,7 +386,8 @@ class Agent:
 
     def close(self) -> None:
         """Close the connections that the agent opened itself (to the sandbox service)."""
-        self.background.run(self.asynchronous.aclose())
+        if not self.background.closed:
+            self.background.run(self.asynchronous.aclose())
 
     def run(
         self,

@@ -130,9 +130,9 @@ class Context:
                     raise SandboxUnavailable("this agent has no sandbox: give Agent(..., sandbox=URL)")
                 # Not cancellable half-way: an answer that nobody waits for would leave a sandbox behind.
                 self._sandbox = await finish(self._create(self._service))
-                for path, data in self._files.items():
-                    await self._sandbox.write_file(path, data)
-            return self._sandbox
+            box, files, self._files = self._sandbox, self._files, {}
+            await asyncio.gather(*(box.write_file(path, data) for path, data in files.items()))
+            return box
 
     async def _create(self, service: SandboxService) -> Sandbox:
         options: dict[str, Any] = {} if self._ttl_s is None else {"ttl_s": self._ttl_s}

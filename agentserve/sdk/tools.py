@@ -64,7 +64,8 @@ class Tool(Generic[P, R]):
     Attributes:
         name, description: what the model reads.
         parameters: JSON schema of the arguments, the same bytes in every process.
-        timeout_s: seconds after which an agent stops waiting for it; None waits.
+        timeout_s: seconds after which an agent stops waiting for it; None waits. A function that is not asynchronous
+            goes on in its thread, its result unseen.
         needs_sandbox: whether it runs in the agent's sandbox.
     """
 
@@ -109,9 +110,10 @@ class Tool(Generic[P, R]):
         outcome.
         """
         started = time.monotonic()
+        deadline = asyncio.timeout(self.timeout_s)
         try:
             checked = self._check(arguments)
-            async with asyncio.timeout(self.timeout_s):
+            async with deadline:
                 result = await self._run(checked, context or Context())
             outcome = result if isinstance(result, ToolOutcome) else ToolOutcome(text=_as_text(result))
         except msgspec.MsgspecError as error:
@@ -123,8 +125,8 @@ class Tool(Generic[P, R]):
         except SandboxRefusal as error:
             outcome = ToolOutcome(text=str(error), status="tool_error")
         except TimeoutError as error:
-            text = f"{self.name} did not end within {self.timeout_s} s" if self.timeout_s else str(error)
-            outcome = ToolOutcome(text=text or "timed out", status="timeout")
+            text = f"{self.name} did not end within {self.timeout_s} s" if deadline.expired() else _failure(error)
+            outcome = ToolOutcome(text=text, status="timeout")
         except Exception as error:
             outcome = ToolOutcome(text=_failure(error), status="tool_error")
         return msgspec.structs.replace(

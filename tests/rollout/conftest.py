@@ -14,6 +14,10 @@ from rollout.processes import Service, ServiceFailed
 sys.path.insert(0, str(Path(__file__).parent.parent / "sdk"))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes a minute or more (runs by default; deselect with -m 'not slow')")
+
+
 def missing(part: str, reason: str) -> None:
     """A named skip, or a failure where the part is required."""
     if part in os.environ.get("AGENTSERVE_REQUIRE", ""):

@@ -1,4 +1,5 @@
 import asyncio
+import concurrent.futures
 import json
 import subprocess
 import sys
@@ -198,7 +199,22 @@ def test_the_background_loop_refuses_to_wait_for_itself_and_cleans_up():
     assert [next(items), next(items)] == [0, 1]
     items.close()  # pyright: ignore
     assert cleaned.is_set()
+
+    # Another thread that waits when the loop is closed is told, not left waiting.
+    told: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            loop.run(asyncio.sleep(60))
+        except BaseException as error:
+            told.append(error)
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    loop.run(asyncio.sleep(0.05))
     loop.close()
+    waiter.join(timeout=10)
+    assert [type(error) for error in told] == [concurrent.futures.CancelledError]
 
 
 def test_the_sdk_loads_without_torch():

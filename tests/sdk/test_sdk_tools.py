@@ -209,6 +209,11 @@ async def test_outcomes():
         await asyncio.sleep(30)
         return ""
 
+    @tool(timeout_s=5)
+    async def network() -> str:
+        """Meets a timeout of its own."""
+        raise TimeoutError("the peer did not answer")
+
     @tool
     def own() -> ToolOutcome:
         """Say it yourself."""
@@ -222,6 +227,9 @@ async def test_outcomes():
     assert (await lost.invoke("")).status == "infra_error"
     late = await slow.invoke("{}")
     assert (late.status, late.text) == ("timeout", "late did not end within 0.05 s")
+    peer = await network.invoke("{}")
+    assert peer.status == "timeout"
+    assert peer.text.endswith("the peer did not answer")
     assert (await own.invoke("{}")).status == "policy_denied"
 
 
