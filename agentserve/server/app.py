@@ -25,6 +25,7 @@ from agentserve.tokenizer import Tokenizer, resolve_model_dir
 
 SWEEP_S = 1.0
 GRACE_S = 3  # seconds that replies have to end after Ctrl-C
+KEEP_ALIVE_S = 300  # longer than most tools run, so that an agent's next turn finds its connection open
 
 
 def create_app(
@@ -105,6 +106,9 @@ async def _serve(engine_config: EngineConfig, server_config: ServerConfig) -> No
         log_level=level,
         access_log=server_config.log_level == "debug",
         timeout_graceful_shutdown=GRACE_S,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        lifespan="on",
+        ws="none",
     )
     try:
         await _Server(config, engine).serve()

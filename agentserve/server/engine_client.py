@@ -29,6 +29,7 @@ from agentserve.messages import (
     Abort,
     Failed,
     FlushCache,
+    FromEngine,
     Generate,
     GetStats,
     Outputs,
@@ -324,25 +325,27 @@ class EngineClient:
                 self._send(Abort(request_id))
 
     async def _receive(self) -> None:
-        while True:
-            try:
-                message = decode_from_engine(await self._pull.recv())
-            except msgspec.MsgspecError as error:
-                self._die(f"the engine sent something unreadable: {error}")
-                return
-            if isinstance(message, Outputs):
+        try:
+            while True:
+                self._handle(decode_from_engine(await self._pull.recv()))
+        except Exception as error:  # without this task nobody would ever get an answer
+            self._die(f"the engine's messages cannot be read: {type(error).__name__}: {error}")
+
+    def _handle(self, message: FromEngine) -> None:
+        match message:
+            case Outputs():
                 self.latest = message.stats
                 for output in message.outputs:
                     self._deliver(output)
-            elif isinstance(message, Reply):
+            case Reply():
                 self.latest = message.stats or self.latest
                 call = self._calls.get(message.call_id)
                 if call is not None and not call.done():
                     call.set_result(message)
-            elif isinstance(message, Ready):
+            case Ready():
                 if not self._started.done():
                     self._started.set_result(message)
-            elif isinstance(message, Failed):
+            case Failed():
                 self._die(f"the engine failed: {message.error}")
 
     def _deliver(self, output: TokenOutput) -> None:

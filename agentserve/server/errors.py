@@ -64,7 +64,7 @@ class DeadlineExceeded(ApiError):
     """504: the request took longer than the server lets any take."""
 
     def __init__(self, seconds: float) -> None:
-        message = f"the request was aborted after {seconds:g} s (request_timeout_s): ask for fewer tokens"
+        message = f"the request was aborted after {seconds:g} s (request_timeout_s)"
         super().__init__(504, message, code="deadline_exceeded")
 
 

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable
+from typing import TypeVar
+
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from agentserve.server.errors import BadRequest
-from agentserve.server.generation import json_response, serving
+from agentserve.server.errors import BadRequest, DeadlineExceeded
+from agentserve.server.generation import Serving, json_response, serving
 from agentserve.server.metrics import CONTENT_TYPE
 
 router = APIRouter()
+T = TypeVar("T")
 MAX_VERSION = 2**31 - 1
+
+
+async def _in_time(parts: Serving, call: Awaitable[T]) -> T:
+    """What the engine answers, or a 504 when it does not."""
+    seconds = parts.config.request_timeout_s
+    try:
+        return await asyncio.wait_for(call, seconds)
+    except TimeoutError:
+        raise DeadlineExceeded(seconds) from None
 
 
 @router.post("/v1/weights")
@@ -26,20 +40,23 @@ async def update_weights(request: Request) -> Response:
     payload = await request.body()
     if not payload:
         raise BadRequest("the body is empty: send the bytes of a safetensors file", "body")
-    return json_response({"version": await parts.engine.update_weights(int(text), payload)})
+    version = await _in_time(parts, parts.engine.update_weights(int(text), payload))
+    return json_response({"version": version})
 
 
 @router.post("/v1/cache/flush")
 async def flush_cache(request: Request) -> Response:
     """Forget every cached prefix that no running request holds."""
-    await serving(request).engine.flush_cache()
+    parts = serving(request)
+    await _in_time(parts, parts.engine.flush_cache())
     return json_response({"flushed": True})
 
 
 @router.get("/v1/stats")
 async def stats(request: Request) -> Response:
     """The engine's counters and gauges now."""
-    return json_response(msgspec.to_builtins(await serving(request).engine.stats()))
+    parts = serving(request)
+    return json_response(msgspec.to_builtins(await _in_time(parts, parts.engine.stats())))
 
 
 @router.get("/health")

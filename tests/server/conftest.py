@@ -100,13 +100,13 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def fake_server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Running]]:
-    """`fake_server(delay=…, **config)` → a running server with a fake engine of its own."""
+    """`fake_server(*flags, delay=…, **config)` → a running server with a fake engine of its own."""
     eos = str(Tokenizer(model_dir).eos_token_ids[0])
     with ExitStack() as stack:
 
-        def make(directory: Path = model_dir, delay: float = 0.0, **fields: Any) -> Running:
+        def make(*flags: str, directory: Path = model_dir, delay: float = 0.0, **fields: Any) -> Running:
             script = tmp_path_factory.mktemp("script") / "replies.json"
-            command = [sys.executable, FAKE, "--script", str(script), "--delay", str(delay), "--eos", eos]
+            command = [sys.executable, FAKE, "--script", str(script), "--delay", str(delay), "--eos", eos, *flags]
             return stack.enter_context(serve(directory, command, script, **fields))
 
         yield make

@@ -1,7 +1,7 @@
 """A program that speaks the engine's messages, without a model: what it says is scripted, or a function of
 the seed.
 
-Usage: fake_engine.py [--script FILE] [--delay SECONDS] [--vocab N] [--eos ID,ID] [--fail TEXT | --mute] DIR
+Usage: fake_engine.py [--script FILE] [--delay SECONDS] [--vocab N] [--eos ID,ID] [--fail TEXT | --mute | --deaf] DIR
     CONFIG FILE holds a JSON list of replies (lists of ids); each request takes the first one away.
 """
 
@@ -144,6 +144,8 @@ class FakeEngine:
             self.seen.clear()
             return [Reply(call_id=message.call_id, stats=self.stats())]
         elif isinstance(message, GetStats):
+            if self.args.deaf:
+                return []
             return [Reply(call_id=message.call_id, stats=self.stats())]
         else:
             sys.exit(0)
@@ -158,6 +160,7 @@ def main() -> None:
     parser.add_argument("--eos", default="1")
     parser.add_argument("--fail")
     parser.add_argument("--mute", action="store_true")
+    parser.add_argument("--deaf", action="store_true", help="never answer GetStats")
     parser.add_argument("directory")
     parser.add_argument("config")
     args = parser.parse_args()

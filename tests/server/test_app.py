@@ -83,6 +83,13 @@ def test_a_request_past_its_deadline_is_a_504(fake_server: Callable[..., Running
     server.until(lambda: stats(server)["finished"] == {"abort": 2})
 
 
+def test_an_engine_that_does_not_answer_is_a_504(fake_server: Callable[..., Running]) -> None:
+    server = fake_server("--deaf", request_timeout_s=0.2)
+    with server.http() as http:
+        late = http.get("/v1/stats")
+    assert (late.status_code, late.json()["error"]["type"]) == (504, "timeout_error")
+
+
 def test_killing_the_engine_fails_running_requests_and_health(fake_server: Callable[..., Running]) -> None:
     server = fake_server(delay=0.02)
     with server.http() as http:
@@ -184,7 +191,7 @@ def test_every_metric_says_what_happened(fake_server: Callable[..., Running]) ->
 def test_a_model_without_template_takes_ids_and_text_only(
     fake_server: Callable[..., Running], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    server = fake_server(save(tmp_path_factory.mktemp("models") / "plain", byte_level(), "none"))
+    server = fake_server(directory=save(tmp_path_factory.mktemp("models") / "plain", byte_level(), "none"))
     with pytest.raises(openai.BadRequestError, match="plain has no chat template"):
         server.client.chat.completions.create(model="plain", messages=[{"role": "user", "content": "x"}])
     with server.http() as http:
