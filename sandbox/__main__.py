@@ -32,6 +32,9 @@ class _Server(uvicorn.Server):
         self.manager = manager
         self.url = url
 
+    def leave(self, *_: object) -> None:
+        self.should_exit = True
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
@@ -90,32 +93,23 @@ async def _serve(config: ServiceConfig, listener: socket.socket) -> int:
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=5,
+            timeout_keep_alive=120,  # longer than our clients keep theirs, or they would meet closed connections
             lifespan="on",
             loop="asyncio",
             server_header=False,
         )
+        server = _Server(settings, manager, url)
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
-        server = _Server(settings, manager, url)
-        with _quiet_signals():
-            await server.serve(sockets=[listener])
+            # uvicorn puts its own handlers over these, and raises the signal once more when it has shut down.
+            signal.signal(number, server.leave)
+        await server.serve(sockets=[listener])
         return 0
     except asyncio.CancelledError:
         return 0
     finally:
         if manager is not None:
             await manager.close()
-
-
-class _quiet_signals:
-    """uvicorn raises the signal that ended it once more after shutting down; by then nothing should happen but our
-    cleaning up, so the handlers it will restore ignore it."""
-
-    def __enter__(self) -> None:
-        self.old = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def __exit__(self, *_: object) -> None:
-        pass  # still ignored while the manager closes; the process ends right after
 
 
 def serve(

@@ -40,7 +40,7 @@ def _options(url: str, token: str | None, timeout_s: float) -> dict[str, Any]:
         "base_url": url.rstrip("/"),
         "headers": {"authorization": f"Bearer {token}"} if token else {},
         "timeout": httpx.Timeout(timeout_s, connect=10.0),
-        "limits": httpx.Limits(max_connections=None, max_keepalive_connections=64),
+        "limits": httpx.Limits(max_connections=None, max_keepalive_connections=256, keepalive_expiry=30.0),
         "trust_env": False,
     }
 

@@ -86,7 +86,8 @@ class Manager:
             with suppress(asyncio.CancelledError):
                 await self._reaper
             self._reaper = None
-        await asyncio.gather(*(self._end(live, "shutdown") for live in list(self._live.values())))
+        ends = (self._end(live, "shutdown") for live in list(self._live.values()))
+        await asyncio.gather(*ends, return_exceptions=True)
         await self.backend.close()
 
     def stop_execs(self, reason: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import re
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import TypeVar
@@ -264,7 +265,9 @@ class _EventStream(Response):
         del self.headers["content-length"]
         self.headers["cache-control"] = "no-store"
         loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[tuple[str, object] | None] = asyncio.Queue()
+        self._events: deque[tuple[str, object]] = deque()
+        self._more = asyncio.Event()
+        self._over = False
         self._decoders = {"stdout": StreamDecoder(), "stderr": StreamDecoder()}
         self._sent = {"stdout": 0, "stderr": 0}  # characters
         self._stop: asyncio.Future[str] = loop.create_future()
@@ -282,13 +285,18 @@ class _EventStream(Response):
         return cls(run)
 
     def on_start(self, exec_id: str) -> None:
-        self._events.put_nowait(("start", {"exec_id": exec_id}))
+        self._put("start", {"exec_id": exec_id})
 
     def on_output(self, name: str, data: bytes) -> None:
         text = self._decoders[name].feed(data)
         if text:
             self._sent[name] += len(text)
-            self._events.put_nowait((name, {"text": text, "skipped": 0}))
+            if self._events and self._events[-1][0] == name:
+                last = self._events[-1][1]  # a slow reader gets fewer, larger events
+                assert isinstance(last, list)
+                last.append(text)
+            else:
+                self._put(name, [text])
 
     async def _run(self, run: Callable[[asyncio.Future[str], _EventStream], Awaitable[ExecResult]]) -> None:
         try:
@@ -297,14 +305,15 @@ class _EventStream(Response):
                 self._send_rest(name, result)
             summary = msgspec.to_builtins(result)
             del summary["stdout"], summary["stderr"]
-            self._events.put_nowait(("exit", summary))
+            self._put("exit", summary)
         except SandboxError as error:
-            self._events.put_nowait(("error", ErrorBody(error.type, error.message, error.field)))
+            self._put("error", ErrorBody(error.type, error.message, error.field))
         except Exception as error:
-            self._events.put_nowait(("error", ErrorBody("internal_error", type(error).__name__)))
+            self._put("error", ErrorBody("internal_error", type(error).__name__))
             raise
         finally:
-            self._events.put_nowait(None)
+            self._over = True
+            self._more.set()
 
     def _send_rest(self, name: str, result: ExecResult) -> None:
         """What the result holds beyond what was sent: the end of the head, then the tail after the gap."""
@@ -314,11 +323,11 @@ class _EventStream(Response):
         sent = self._sent[name]
         if cut is None:
             if text[sent:]:
-                self._events.put_nowait((name, {"text": text[sent:], "skipped": 0}))
+                self._put(name, {"text": text[sent:], "skipped": 0})
             return
         if text[sent:cut]:
-            self._events.put_nowait((name, {"text": text[sent:cut], "skipped": 0}))
-        self._events.put_nowait((name, {"text": text[max(cut, sent) :], "skipped": skipped}))
+            self._put(name, {"text": text[sent:cut], "skipped": 0})
+        self._put(name, {"text": text[max(cut, sent) :], "skipped": skipped})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -334,10 +343,23 @@ class _EventStream(Response):
                 await asyncio.shield(self._task)
 
     async def _next(self) -> bytes | None:
-        try:
-            item = await asyncio.wait_for(self._events.get(), _PING_S)
-        except TimeoutError:
-            item = ("ping", {})
-        if item is None:
+        """What is there to send: all that has come up, or a ping when nothing does. None at the end."""
+        if not self._events and not self._over:
+            self._more.clear()
+            try:
+                await asyncio.wait_for(self._more.wait(), _PING_S)
+            except TimeoutError:
+                self._put("ping", {})
+        if not self._events:
             return None
-        return b"event: " + item[0].encode() + b"\ndata: " + _encode(item[1]) + b"\n\n"
+        out = bytearray()
+        while self._events:
+            name, data = self._events.popleft()
+            if isinstance(data, list):
+                data = {"text": "".join(data), "skipped": 0}
+            out += b"event: " + name.encode() + b"\ndata: " + _encode(data) + b"\n\n"
+        return bytes(out)
+
+    def _put(self, name: str, data: object) -> None:
+        self._events.append((name, data))
+        self._more.set()

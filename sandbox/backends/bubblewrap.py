@@ -182,11 +182,13 @@ class BubblewrapBackend(Backend):
             rlimits.append((resource.RLIMIT_FSIZE, *_at_most(resource.RLIMIT_FSIZE, limits.disk_mb * _MIB)))
         if self.tree is None:
             rlimits.append((resource.RLIMIT_AS, *_at_most(resource.RLIMIT_AS, limits.memory_mb * _MIB)))
+            if uid is not None:  # a uid of the sandbox's own: what it runs is all that is counted
+                rlimits.append((resource.RLIMIT_NPROC, *_at_most(resource.RLIMIT_NPROC, limits.pids + 2)))
         return {
             "uid": uid,
             "procs": procs,
             "rlimits": rlimits,
-            "nproc": limits.pids + 2 if self.tree is None else None,
+            "nproc": limits.pids + 2 if self.tree is None and uid is None else None,
             "bwrap": self._bwrap,
             "seccomp": str(place.root / "seccomp.bpf") if place is not None and seccomp.supported() else None,
         }
@@ -214,7 +216,7 @@ class BubblewrapBackend(Backend):
         else:
             why = f"no cgroup: {self.no_cgroup_reason}"
             memory = Enforcement("rlimit", f"address space of each process, so oom looks like tool_error; {why}")
-            pids = Enforcement("rlimit", f"per command; {why}")
+            pids = Enforcement("rlimit", f"{'whole sandbox' if self.is_root else 'per command'}; {why}")
             cpus = Enforcement("none", why)
         return {
             "memory_mb": memory,
@@ -322,11 +324,11 @@ class BubblewrapSandbox(BackendSandbox):
             stuck=execution.stuck,
         )
 
-    def over_disk(self) -> bool:
-        """For plain directories: is more stored than allowed? Blocks while it walks."""
-        most = self.limits.disk_mb * _ENTRIES_PER_MB
+    def over_disk(self, times: int = 1) -> bool:
+        """For plain directories: is more stored than so many times what is allowed? Blocks while it walks."""
+        most = times * self.limits.disk_mb * _ENTRIES_PER_MB
         used, entries = files.used_bytes(self._root_fd, most)
-        return used > self.limits.disk_mb * _MIB or entries > most
+        return used > times * self.limits.disk_mb * _MIB or entries > most
 
     # -- files ---------------------------------------------------------------------------------------------------
 
@@ -506,8 +508,11 @@ class _Execution:
         self.stuck = True
 
     async def _poll_disk(self) -> None:
-        while not await asyncio.to_thread(self.sandbox.over_disk):  # noqa: ASYNC110  (a file system sends no event)
+        """What is a little over gets one interval to tidy up; what is far over does not begin."""
+        over = await asyncio.to_thread(self.sandbox.over_disk, 2)
+        while not over:  # a file system sends no event
             await asyncio.sleep(_DISK_POLL_S)
+            over = await asyncio.to_thread(self.sandbox.over_disk)
         self._decide("policy_denied", "disk_mb")
 
     def close(self) -> None:

@@ -277,7 +277,8 @@ class Spawner:
                 try:
                     resource.prlimit(line["child-pid"], resource.RLIMIT_NPROC, (child.nproc, child.nproc))
                     os.write(child.block_fd, b"1")
-                except OSError:
+                except OSError as error:
+                    self.send({"op": "error", "id": child.key, "detail": f"setting RLIMIT_NPROC: {error}"})
                     child.kill()
             self.send({"op": "started", "id": child.key, "pid": child.init_pid})
         elif "exit-code" in line:
