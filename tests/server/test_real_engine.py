@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
@@ -16,6 +17,8 @@ import pytest
 import torch
 from safetensors.torch import save as to_safetensors
 
+from agentserve.sdk.client import AsyncClient
+from agentserve.sdk.types import AgentserveError, Delta, Turn
 from tests.conftest import reference_greedy
 from tests.server.conftest import Running, serve
 from tests.session.tokenizer_kit import byte_level, save
@@ -84,6 +87,62 @@ def test_turns_hit_all_but_what_is_new(real: tuple[Running, Any]) -> None:
     assert len(log["token_ids"]) == end
     assert sum(log["loss_mask"]) == 36
     assert all((value < 0) == bool(mask) for value, mask in zip(log["logprobs"], log["loss_mask"], strict=True))
+
+
+async def test_concurrent_agents_hit_all_that_their_pattern_allows(real: tuple[Running, Any]) -> None:
+    """Sessions that share a system prompt and append a tool result each turn, as token ids, all at once."""
+    server, _ = real
+    page, gen = server.parts.engine_config.page_size, 8
+    rng = np.random.default_rng(1)
+    shared = rng.integers(10, 400, 64).tolist()
+
+    async def session(http: httpx.AsyncClient, seed: int) -> list[tuple[int, int, int]]:
+        mine, context, seen = np.random.default_rng(seed), list(shared), []
+        for turn in range(4):
+            known = len(context) - 1 if turn else 0
+            context += mine.integers(10, 400, 24).tolist()
+            body = {"prompt": context, "max_tokens": gen, "seed": seed, "ignore_eos": True, "return_token_ids": True}
+            reply = (await http.post("/v1/completions", json=body)).json()
+            context += reply["choices"][0]["token_ids"]
+            usage = reply["usage"]
+            seen.append((known, usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]))
+        return seen
+
+    async with httpx.AsyncClient(base_url=server.url, timeout=60, trust_env=False) as http:
+        results = await asyncio.gather(*(session(http, seed) for seed in range(8)))
+    turns = [turn for result in results for turn in result]
+    assert len(turns) == 32
+    for known, prompt, cached in turns:
+        assert cached % page == 0
+        assert cached < prompt
+        assert cached >= known // page * page
+    hits = sum(cached for _, _, cached in turns) / sum(prompt for _, prompt, _ in turns)
+    assert hits > 0.55
+
+
+async def test_the_sdk_reads_what_the_server_says(real: tuple[Running, Any]) -> None:
+    server, _ = real
+    async with AsyncClient(server.url) as client:
+        assert (await client.health()).status == "ok"
+        session = await client.session(system="Be kind.", metadata={"task": "1"})
+        first = await session.turn("hello", max_tokens=5, seed=1, logprobs=True, return_token_ids=True)
+        pieces = [piece async for piece in session.stream_turn("more", max_tokens=5, seed=1, return_token_ids=True)]
+        turn = pieces[-1]
+        assert isinstance(turn, Turn)
+        deltas = [piece for piece in pieces[:-1] if isinstance(piece, Delta)]
+        assert [i for delta in deltas for i in delta.token_ids] == turn.token_ids
+        assert "".join(delta.text for delta in deltas) == turn.text
+        log = await session.log(tokens=True)
+        assert log.token_ids is not None
+        ids = [i for t in (first, turn) for i in [*(t.prompt_token_ids or []), *(t.token_ids or [])]]
+        assert log.token_ids == ids
+        assert log.turns[1].computed == turn.report.computed
+        with pytest.raises(AgentserveError) as caught:
+            await session.turn("x", max_tokens=10**6)
+        assert (caught.value.param, caught.value.code) == ("messages", "context_length_exceeded")
+        await session.close()
+        with pytest.raises(AgentserveError, match="was closed"):
+            await session.turn("x")
 
 
 def test_new_weights_change_the_tokens_and_their_version(real: tuple[Running, Any]) -> None:
