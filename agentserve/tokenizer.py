@@ -61,6 +61,9 @@ class Tokenizer:
             self._backend: Any = self._hf.backend_tokenizer
         except (OSError, AttributeError, ValueError) as error:
             raise ValueError(f"cannot load a tokenizer from {self.model_dir}: {error}") from error
+        # transformers makes an empty tokenizer out of nothing rather than say that there is none
+        if not self._backend.encode("a", add_special_tokens=False).ids:
+            raise ValueError(f"{self.model_dir} holds no tokenizer: tokenizer.json is missing or empty")
         # Set once: encoding must never be cut, and changing the backend while a thread encodes is an error
         # there.
         self._backend.no_truncation()

@@ -368,7 +368,8 @@ class EngineClient:
         if self.death is not None:
             return
         self.death = reason
-        logger.log(logging.INFO if "shutting down" in reason else logging.ERROR, "%s", reason)
+        if self.ready is not None:  # before that, start() raises it
+            logger.log(logging.INFO if "shutting down" in reason else logging.ERROR, "%s", reason)
         self.fail_all(reason)
         for call in [*self._calls.values(), *([self._started] if hasattr(self, "_started") else [])]:
             if not call.done():

@@ -155,6 +155,10 @@ def test_template_and_errors_say_what_is_wrong(tmp_path: Path) -> None:
         strict.render([{"role": "critic", "content": "hi"}])
     with pytest.raises(FileNotFoundError, match="no model directory at"):
         resolve_model_dir(tmp_path / "absent")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text('{"model_type": "qwen3"}')
+    with pytest.raises(ValueError, match="bare holds no tokenizer"):
+        Tokenizer(tmp_path / "bare")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         resolve_model_dir(tmp_path / "empty")
