@@ -77,9 +77,7 @@ class DeltaRenderer:
 
     def _after_mark(self, messages: Sequence[Message], tools: Sequence[Message] | None, generation_prompt: bool) -> str:
         stub = [{"role": "user", "content": "-"}, {"role": "assistant", "content": self._mark}]
-        _, found, after = self._tokenizer.render([*stub, *messages], tools, generation_prompt).partition(
-            self._mark
-        )
+        _, found, after = self._tokenizer.render([*stub, *messages], tools, generation_prompt).partition(self._mark)
         if not found:
             raise ValueError("the chat template rewrites replies: append token ids to this session instead of messages")
         return after
