@@ -90,8 +90,11 @@ class BubblewrapBackend(Backend):
             (place.root / "seccomp.bpf").write_bytes(seccomp.program())
         else:
             self._notes.append(f"no system-call filter: {os.uname().machine} is not in its table")
-        recipe.write_stubs(place.root / "etc")
-        self._link = await SpawnerLink.start(place.lock_fd)
+        await asyncio.to_thread(recipe.write_etc, place.root / "etc")
+        try:
+            self._link = await SpawnerLink.start(place.lock_fd)
+        except (OSError, SpawnerDied, TimeoutError) as error:
+            raise IsolationUnavailable(f"the spawner process does not start: {error}") from error
         await self._choose_workspaces(place)
         self.python = await self._choose_python(place)
         shm = min(self.config.default_limits.disk_mb, 64) * _MIB

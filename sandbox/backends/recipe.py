@@ -7,6 +7,8 @@ socket ignores read-only mounts. Who runs bubblewrap, and under which limits, is
 from __future__ import annotations
 
 import os
+import shutil
+import stat
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ _ETC = (
     "alternatives", "ca-certificates", "fonts", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "localtime", "magic",
     "mime.types", "os-release", "protocols", "services", "ssl/certs", "ssl/openssl.cnf",
 )  # fmt: skip
+_LARGEST_COPY = 4 << 20
 _STUBS = {
     "passwd": f"root:x:0:0:root:/root:/usr/sbin/nologin\nagent:x:{GUEST_UID}:{GUEST_UID}:agent:{HOME}:/bin/sh\n"
     "nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n",
@@ -57,13 +60,37 @@ def prefix_python() -> Python | None:
     return Python(f"{prefix}/bin/python3", prefix, prefix)
 
 
-def write_stubs(directory: Path) -> None:
-    """The few files of /etc that we write ourselves."""
+def write_etc(directory: Path) -> None:
+    """Make the sandboxes' /etc: the few files of the host's that programs need, copied, and our own accounts and names.
+
+    One directory bound once is quicker than twenty binds, and what is not copied cannot be seen. Only what everybody
+    may read is copied; symbolic links stay links.
+    """
     directory.mkdir(mode=0o755)
+    for name in (*_ETC, *sorted(path.name for path in Path("/etc").glob("java-*"))):
+        _copy_public(Path("/etc") / name, directory / name)
     for name, text in _STUBS.items():
         (directory / name).write_text(text)
-        (directory / name).chmod(0o644)
-    directory.chmod(0o755)
+    for path in (directory, *directory.rglob("*")):
+        if not path.is_symlink():
+            path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+def _copy_public(source: Path, target: Path) -> None:
+    try:
+        mode = source.lstat().st_mode
+    except OSError:
+        return
+    if stat.S_ISLNK(mode):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(os.readlink(source))
+    elif stat.S_ISDIR(mode) and mode & 0o005 == 0o005:
+        target.mkdir(parents=True, exist_ok=True)
+        for entry in source.iterdir():
+            _copy_public(entry, target / entry.name)
+    elif stat.S_ISREG(mode) and mode & 0o004 and source.stat().st_size <= _LARGEST_COPY:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
 
 
 def base_env(python: Python | None) -> dict[str, str]:
@@ -84,7 +111,7 @@ def base_env(python: Python | None) -> dict[str, str]:
     }
 
 
-def static_options(version: tuple[int, ...], stubs: Path, python: Python | None, shm_bytes: int) -> list[str]:
+def static_options(version: tuple[int, ...], etc: Path, python: Python | None, shm_bytes: int) -> list[str]:
     """Everything that does not depend on the sandbox. The order is the order in which bubblewrap acts."""
     options = [
         "--unshare-all", "--unshare-user", "--uid", str(GUEST_UID), "--gid", str(GUEST_UID), "--hostname", "sandbox",
@@ -99,17 +126,7 @@ def static_options(version: tuple[int, ...], stubs: Path, python: Python | None,
             options += ["--symlink", os.readlink(path), str(path)]
         elif path.is_dir():
             options += ["--ro-bind", str(path), str(path)]
-    options += ["--perms", "0755", "--dir", "/etc"]
-    for name in (*_ETC, *sorted(p.name for p in Path("/etc").glob("java-*"))):
-        path = Path("/etc") / name
-        if not path.exists():
-            continue
-        if path.is_symlink() and path.resolve().is_relative_to("/usr"):
-            options += ["--symlink", str(path.resolve()), str(path)]
-        else:
-            options += ["--ro-bind", str(path.resolve()), str(path)]
-    for name in _STUBS:
-        options += ["--ro-bind", str(stubs / name), f"/etc/{name}"]
+    options += ["--ro-bind", str(etc), "/etc"]
     if python is not None and python.prefix is not None:
         for parent in reversed(Path(python.prefix).parents):
             if str(parent) != "/" and not parent.is_relative_to("/usr"):

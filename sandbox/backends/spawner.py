@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import array
 import ctypes
+import gc
 import json
 import os
 import resource
@@ -205,11 +206,10 @@ class Spawner:
                 fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
                 os.write(fd, b"0")
                 os.close(fd)
-            try:
-                with open("/proc/self/oom_score_adj", "w") as file:
-                    file.write("300")  # the commands, not the service, are what the kernel should kill
-            except OSError:
-                pass
+            with suppress(OSError):
+                fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
+                os.write(fd, b"300")  # the commands, not the service, are what the kernel should kill
+                os.close(fd)
             os.setsid()
             command_argv = _read_all(command).split(b"\0")[:-1]
             passed = [status_write, options]
@@ -371,6 +371,8 @@ def main() -> None:
     except OSError:
         pass
     spawner = Spawner(sock)
+    gc.disable()  # nothing here makes cycles, and a collection would touch, so copy, every page after a fork
+    gc.freeze()
     spawner.send({"op": "ready", "private_mounts": private})
     spawner.run()
 
