@@ -94,7 +94,7 @@ class Queue:
 
     @staticmethod
     def _next_page(request: Request, manager: CacheManager) -> tuple[str, int, bytes] | None:
-        # names the first prompt page that is not in the tree yet: where it will hang, and its ids; None if there is none
+        # names the first prompt page that is not in the tree yet: where it will hang, and its ids; or None
         assert request.handle is not None
         if request.weight_version != manager.weight_version:
             return None  # what older weights computed is not shared
