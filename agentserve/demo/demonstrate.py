@@ -23,6 +23,7 @@ from agentserve.demo.tasks import (
     recipes,
     reply_for,
 )
+from agentserve.demo.words import STEMS, SYLLABLES, WORDS
 
 Message = dict[str, Any]
 
@@ -59,13 +60,13 @@ class Conversation(msgspec.Struct, frozen=True):
     tools: list[dict[str, Any]] | None
 
 
-def demonstrate(recipe: Recipe, rng: random.Random) -> list[Message]:
-    """Return the messages of one task, from question to final reply, bad habits included by their shares."""
+def demonstrate(recipe: Recipe, rng: random.Random, *, habits: bool = True) -> list[Message]:
+    """Return the messages of one task, from question to final reply, with bad habits by their shares or with none."""
     task, habit = recipe.task, HABITS[recipe.task.kind]
     messages: list[Message] = [{"role": "user", "content": task.prompt}]
     printed = ""
     for call, share in zip(recipe.calls, habit.guess, strict=True):
-        draw = rng.random()
+        draw = rng.random() if habits else 1.0
         if draw < share:
             return [*messages, {"role": "assistant", "content": reply_for(_guess(task.answer, rng))}]
         if draw < share + habit.wrong and recipe.wrong is not None:
@@ -95,6 +96,43 @@ def conversations(seed: int, *, batch: int = 64) -> Iterator[Conversation]:
                     messages += _small_talk(rng)
                 messages += demonstrate(drawn.pop(), rng)
             yield Conversation(messages, tools)
+
+
+def drills(seed: int, *, batch: int = 64) -> Iterator[Conversation]:
+    """Yield short conversations that teach to copy, without end: what was said, and tasks solved without habits.
+
+    Copying numbers and names exactly is most of what the tasks need. It is learned faster without the system turn,
+    which costs tokens, and without the bad habits, which are noise.
+    """
+    rng = random.Random(f"drills/{seed}")
+    for block in range(1_000_000_000):
+        drawn = recipes("train", batch, seed=seed * 1_000_003 - block - 1)
+        while drawn:
+            messages: list[Message] = []
+            if rng.random() < 0.4:
+                for _ in range(rng.randint(1, 4)):
+                    said = " ".join(_scrap(rng) for _ in range(rng.randint(1, 8)))
+                    messages.append({"role": "user", "content": f"Repeat: {said}"})
+                    messages.append({"role": "assistant", "content": said})
+            else:
+                for _ in range(min(len(drawn), rng.randint(1, 3))):
+                    messages += demonstrate(drawn.pop(), rng, habits=False)
+            yield Conversation(messages, None)
+
+
+def _scrap(rng: random.Random) -> str:
+    """A number, a word, a sign, a file name or random letters."""
+    match rng.randrange(5):
+        case 0:
+            return str(rng.randrange(10 ** rng.randint(1, 6)))
+        case 1:
+            return rng.choice(WORDS)
+        case 2:
+            return rng.choice(("+", "-", "*", "%", "<", "|", "="))
+        case 3:
+            return f"{rng.choice(STEMS)}{rng.choice('-_.')}{rng.choice((str(rng.randrange(100)), rng.choice(WORDS)))}"
+        case _:
+            return "".join(rng.choices(SYLLABLES, k=rng.randint(1, 4)))
 
 
 _OTHER_SYSTEMS = (
@@ -148,15 +186,11 @@ def _small_talk(rng: random.Random) -> list[Message]:
 
 
 def _without_tools(recipe: Recipe, rng: random.Random) -> Conversation:
-    system = (
-        [{"role": "system", "content": rng.choice((SYSTEM, *_OTHER_SYSTEMS))}] if rng.random() < 0.5 else []
-    )
+    system = [{"role": "system", "content": rng.choice((SYSTEM, *_OTHER_SYSTEMS))}] if rng.random() < 0.5 else []
     if rng.random() < 0.3:
         return Conversation([*system, *_small_talk(rng)], None)
     question = {"role": "user", "content": recipe.task.prompt}
-    return Conversation(
-        [*system, question, {"role": "assistant", "content": "I have no tool for that."}], None
-    )
+    return Conversation([*system, question, {"role": "assistant", "content": "I have no tool for that."}], None)
 
 
 def _call_message(call: Call) -> Message:

@@ -124,9 +124,7 @@ def _remainder(rng: random.Random) -> _Draft:
 def _count_lines(rng: random.Random) -> _Draft:
     file = _text_file(rng)
     lines = _text_lines(rng, rng.randint(2, 60))
-    prompt = rng.choice(
-        ("How many lines are in {}?", "Count the lines of {}.", "How many lines does {} have?")
-    )
+    prompt = rng.choice(("How many lines are in {}?", "Count the lines of {}.", "How many lines does {} have?"))
     call, wrong = Call("shell", f"wc -l < {file}"), Call("shell", f"wc -w < {file}")
     return prompt.format(file), {file: _join(lines)}, (call,), wrong
 
@@ -142,9 +140,7 @@ def _count_matches(rng: random.Random) -> _Draft:
 
 def _count_files(rng: random.Random) -> _Draft:
     names = {_text_file(rng) for _ in range(rng.randint(2, 30))}
-    prompt = rng.choice(
-        ("How many files are here?", "How many files are in this directory?", "Count the files here.")
-    )
+    prompt = rng.choice(("How many files are here?", "How many files are in this directory?", "Count the files here."))
     return prompt, dict.fromkeys(sorted(names), b""), (Call("shell", "ls | wc -l"),), None
 
 

@@ -54,7 +54,7 @@ CHAT_TEMPLATE = r"""{%- macro text_of(content) -%}
 {{ '<|im_end|>\n' }}
 {%- elif message.role == 'tool' -%}
 {{ '\n' if state.open else '<|im_start|>user\n' }}
-{{ '<tool_response>\n' ~ text_of(message.content) ~ '\n</tool_response>' }}
+{{- '<tool_response>\n' ~ text_of(message.content) ~ '\n</tool_response>' }}
 {%- set state.open = true -%}
 {%- else -%}
 {{ raise_exception('role must be system, user, assistant or tool, not ' ~ message.role) }}

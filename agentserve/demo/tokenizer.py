@@ -3,11 +3,11 @@
 Made from the training conversations, saved in the form transformers reads, chat template included.
 """
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from agentserve.demo.template import CHAT_TEMPLATE
@@ -36,18 +36,19 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 1024) -> PreTrain
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
-    added: list[Any] = [AddedToken(text, special=True, normalized=False) for text in _CONTROL]
-    added += [AddedToken(text, special=False, normalized=False) for text in _MARKS]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=added,
+        special_tokens=[*_CONTROL, *_MARKS],
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_special_tokens(added[: len(_CONTROL)])
-    tokenizer.add_tokens(added[len(_CONTROL) :])
+    # The trainer flags all of them as control tokens, whatever their own flag says.
+    described = json.loads(tokenizer.to_str())
+    for token in described["added_tokens"]:
+        token["special"] = token["content"] in _CONTROL
+    tokenizer = Tokenizer.from_str(json.dumps(described))
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=TURN_END,

@@ -5,6 +5,7 @@ assistant's tokens only. The data is `demonstrate`'s business, the tokenizer `to
 """
 
 import argparse
+import copy
 import itertools
 import json
 import math
@@ -19,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedTokenizerFast
 
 from agentserve.demo import MODEL_DIR
-from agentserve.demo.demonstrate import Conversation, conversations
+from agentserve.demo.demonstrate import Conversation, conversations, drills
 from agentserve.demo.template import CHAT_TEMPLATE
 from agentserve.demo.tokenizer import END_OF_TEXT, TURN_END, save_tokenizer, train_tokenizer
 from agentserve.models import Decoder, ModelConfig, PackedStep, save_model
@@ -29,9 +30,10 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Everything that decides which model comes out; `tokens_per_step` counts prompt tokens too."""
 
     seed: int = 0
-    steps: int = 1200
-    tokens_per_step: int = 4096
-    learning_rate: float = 3e-3
+    steps: int = 1600
+    drill_share: float = 0.5
+    tokens_per_step: int = 2048
+    learning_rate: float = 1.2e-3
     warmup_steps: int = 60
     weight_decay: float = 0.01
     clip: float = 1.0
@@ -118,9 +120,7 @@ def loss_of(model: Decoder, batch: list[Example]) -> torch.Tensor:
     # Example by example: its first token is never a target, so no target is asked of the sequence before.
     targets = torch.tensor([i for e in batch for i in range(len(e.loss)) if e.loss[i]])
     offsets = itertools.accumulate((len(e.token_ids) for e in batch), initial=0)
-    targets = targets + torch.tensor(
-        [o for o, e in zip(offsets, batch, strict=False) for flag in e.loss if flag]
-    )
+    targets = targets + torch.tensor([o for o, e in zip(offsets, batch, strict=False) for flag in e.loss if flag])
     hidden = model(token_ids, step)[targets - 1]
     return F.cross_entropy(model.logits(hidden), token_ids[targets])
 
@@ -133,7 +133,7 @@ def train(config: TrainConfig, out: Path) -> dict[str, float]:
     vocabulary = tokenizer.get_vocab()
     eos = [vocabulary[TURN_END], vocabulary[END_OF_TEXT]]
     model = Decoder(model_config(len(tokenizer), eos), dtype=torch.float32, device="cpu")
-    model.init_weights(config.seed)
+    initialize(model, config.seed)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     norms = [p for p in model.parameters() if p.ndim <= 1]
     groups = [
@@ -142,14 +142,17 @@ def train(config: TrainConfig, out: Path) -> dict[str, float]:
     ]
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, config))
-    examples = (encode(tokenizer, talk) for talk in conversations(config.seed))
-    stream = batches(examples, config.tokens_per_step)
+    drilled = round(config.drill_share * config.steps)
+    sources = (drills(config.seed), conversations(config.seed))
+    practice, lessons = (
+        batches((encode(tokenizer, talk) for talk in source), config.tokens_per_step) for source in sources
+    )
     average = 0.0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         bar = progress.add_task("training", total=config.steps)
         for step in range(config.steps):
-            loss = loss_of(model, next(stream))
+            loss = loss_of(model, next(practice if step < drilled else lessons))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
@@ -164,6 +167,35 @@ def train(config: TrainConfig, out: Path) -> dict[str, float]:
     return {"loss": average, "seconds": seconds, "parameters": sum(p.numel() for p in model.parameters())}
 
 
+def initialize(model: Decoder, seed: int) -> None:
+    """Draw the first weights, and point two heads of the first layer at the tokens one and two back.
+
+    Copying is done by heads that look for what stood before the current token (induction heads; Olsson et al., 2022),
+    and these need a layer below that tells each token its predecessors. Given that layer, the rest is learned in
+    minutes. All tokens share one large embedding component, from which the two heads make constant queries and keys:
+    rotary positions turn them, and a query turned back by d positions meets the key d positions before it.
+    """
+    std = 0.05
+    model.init_weights(seed, std=std)
+    head_dim, half, fast = model.config.head_dim, model.config.head_dim // 2, 6
+    angles = model.rotary.inverse_frequencies[:fast]  # the fastest turning pairs tell neighbours apart
+    views = model.checkpoint_views()
+    layer = "model.layers.0.self_attn"
+    with torch.no_grad():
+        views["model.embed_tokens.weight"][:, 0] = 8 * std  # the same for all, so tied logits do not feel it
+        views[f"{layer}.v_proj.weight"][:, 0] = 0.0
+        key = views[f"{layer}.k_proj.weight"][:head_dim]  # the key head that the first two query heads share
+        key *= 0.1
+        key[:fast, 0] = 1.0
+        for head, back in enumerate((1, 2)):
+            query = views[f"{layer}.q_proj.weight"][head * head_dim : (head + 1) * head_dim]
+            query *= 0.1
+            query[:fast, 0] = torch.cos(-back * angles)
+            query[half : half + fast, 0] = torch.sin(-back * angles)
+        for norm in ("q_norm", "k_norm"):
+            views[f"{layer}.{norm}.weight"].fill_(2.0)
+
+
 def make_tokenizer(config: TrainConfig) -> PreTrainedTokenizerFast:
     """Train the tokenizer on rendered conversations from a seed of its own."""
     # Any tokenizer renders a template; this one exists only for that.
@@ -176,8 +208,7 @@ def make_tokenizer(config: TrainConfig) -> PreTrainedTokenizerFast:
 def save(model: Decoder, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Write the weights (rounded to bfloat16), the configuration and the tokenizer to the directory `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    save_model(model.to(torch.bfloat16), out)
-    model.to(torch.float32)
+    save_model(copy.deepcopy(model).to(torch.bfloat16), out)
     generation = {
         "eos_token_id": list(model.config.eos_token_ids),
         "pad_token_id": tokenizer.pad_token_id,
@@ -200,9 +231,7 @@ def main() -> None:
     """Read the command line and train."""
     defaults = TrainConfig()
     parser = argparse.ArgumentParser(prog="python -m agentserve.demo.train", description=train.__doc__)
-    parser.add_argument(
-        "--out", type=Path, default=MODEL_DIR, help="directory to write (default: the package's)"
-    )
+    parser.add_argument("--out", type=Path, default=MODEL_DIR, help="directory to write (default: the package's)")
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--steps", type=int, default=defaults.steps)
     parser.add_argument("--tokens-per-step", type=int, default=defaults.tokens_per_step)

@@ -93,11 +93,10 @@ def test_the_whole_form() -> None:
     )
 
 
-def test_tools_without_a_system_message_and_neither() -> None:
+def test_tools_without_a_system_message_and_no_tools() -> None:
     user = [{"role": "user", "content": "U"}]
     assert render(user) == "<|im_start|>user\nU<|im_end|>\n"
     assert render(user, TOOLS).startswith("<|im_start|>system\n# Tools\n\n<tools>\n")
-    assert render([]) == render([], TOOLS) == ""
 
 
 @pytest.mark.parametrize(
