@@ -7,6 +7,7 @@ it knows the few command forms of the tasks, and everything else is answered as 
 import ast
 import operator
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,7 +39,10 @@ def _python(code: str) -> str:
     try:
         if match is None:
             raise SyntaxError
-        return f"{_evaluate(ast.parse(match[1], mode='eval').body)}\n"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # the code is a model's; `1if` is its doing, not ours
+            body = ast.parse(match[1], mode="eval").body
+        return f"{_evaluate(body)}\n"
     except ZeroDivisionError:
         return "ZeroDivisionError: integer modulo by zero\n"
     except (SyntaxError, ValueError, RecursionError, MemoryError):

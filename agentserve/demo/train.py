@@ -30,8 +30,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Everything that decides which model comes out; `tokens_per_step` counts prompt tokens too."""
 
     seed: int = 0
-    steps: int = 1600
-    drill_share: float = 0.5
+    steps: int = 1500
+    drill_share: float = 0.4
     tokens_per_step: int = 2048
     learning_rate: float = 1.2e-3
     warmup_steps: int = 60
