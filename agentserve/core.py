@@ -253,4 +253,5 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     error: str | None = None
 
 
-FINISH_STOP, FINISH_LENGTH, FINISH_ABORT, FINISH_ERROR = "stop", "length", "abort", "error"
+FINISH_STOP, FINISH_LENGTH, FINISH_ABORT = "stop", "length", "abort"
+FINISH_REFUSED, FINISH_QUEUE_FULL = "refused", "queue_full"  # the engine never took the request; `error` says why

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
 from agentserve.config import EngineConfig
-from agentserve.core import FINISH_ERROR, TokenOutput
+from agentserve.core import FINISH_QUEUE_FULL, FINISH_REFUSED, TokenOutput
 from agentserve.engine.build import build_engine
 from agentserve.messages import (
     Abort,
@@ -101,8 +101,9 @@ class EngineProcess:
         try:
             self.scheduler.add(message.request_id, prompt, message.params, message.namespace)
         except (ValueError, QueueFull) as error:
-            failed = TokenOutput(message.request_id, [], [], [], [], 0, FINISH_ERROR, str(error))
-            self.send(Outputs([failed], self.scheduler.stats()))
+            reason = FINISH_QUEUE_FULL if isinstance(error, QueueFull) else FINISH_REFUSED
+            refused = TokenOutput(message.request_id, [], [], [], [], 0, reason, str(error))
+            self.send(Outputs([refused], self.scheduler.stats()))
 
     def _update(self, message: UpdateWeights) -> str | None:
         try:
@@ -141,6 +142,12 @@ def main(directory: str, config_json: str) -> None:
         )
         process.run()
         runner.close()
+    except (
+        FileNotFoundError,
+        ValueError,
+    ) as error:  # a model or a setting that cannot be served, and the text says why
+        outbox.send(encode(Failed(str(error))))
+        sys.exit(1)
     except Exception as error:
         outbox.send(encode(Failed(f"{type(error).__name__}: {error}")))
         raise

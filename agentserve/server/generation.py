@@ -20,7 +20,14 @@ from starlette.types import Receive, Scope, Send
 
 from agentserve.config import EngineConfig, ServerConfig
 from agentserve.control.formats import MARKS
-from agentserve.core import DEFAULT_MAX_TOKENS, SamplingParams, TokenOutput
+from agentserve.core import (
+    DEFAULT_MAX_TOKENS,
+    FINISH_ABORT,
+    FINISH_QUEUE_FULL,
+    FINISH_REFUSED,
+    SamplingParams,
+    TokenOutput,
+)
 from agentserve.server.engine_client import EngineClient, EngineDead, EngineRefused, QueueFull
 from agentserve.server.errors import BadRequest, ClientGone, DeadlineExceeded, as_api_error
 from agentserve.server.metrics import Metrics
@@ -188,10 +195,11 @@ class Generation:
         return self
 
     def _check(self, output: TokenOutput) -> None:
-        if output.finish_reason == "error":
-            message = output.error or "the engine refused the request"
-            raise QueueFull(message) if "max_waiting" in message else EngineRefused(message)
-        if output.finish_reason == "abort":
+        if output.finish_reason == FINISH_QUEUE_FULL:
+            raise QueueFull(output.error)
+        if output.finish_reason == FINISH_REFUSED:
+            raise EngineRefused(output.error)
+        if output.finish_reason == FINISH_ABORT:
             raise EngineDead("the engine aborted the request")
 
     def _take(self, output: TokenOutput) -> Chunk:

@@ -20,7 +20,7 @@ import numpy as np
 import zmq
 
 from agentserve.config import EngineConfig
-from agentserve.core import TokenOutput
+from agentserve.core import FINISH_QUEUE_FULL, TokenOutput
 from agentserve.messages import (
     Abort,
     Failed,
@@ -127,7 +127,7 @@ class FakeEngine:
             self.admit()
             if len(self.waiting) >= self.config.max_waiting:
                 error = f"{len(self.waiting)} requests are waiting, max_waiting is {self.config.max_waiting}"
-                return [Outputs([TokenOutput(message.request_id, [], [], [], [], 0, "error", error)], self.stats())]
+                return [Outputs([TokenOutput(message.request_id, [], [], [], [], 0, FINISH_QUEUE_FULL, error)], self.stats())]
             self.waiting.append(message)
         elif isinstance(message, Abort):
             self.waiting = [m for m in self.waiting if m.request_id != message.request_id]
