@@ -250,7 +250,7 @@ class BubblewrapBackend(Backend):
             python=python,
             isolation=self.facts.isolation,
             features=["exec", "exec_stream", "files", "ttl"],
-            notes=[*self._notes, *probe.known_weaknesses(self._version)],
+            notes=[*self._notes, *self.facts.notes, *probe.known_weaknesses(self._version)],
         )
 
 

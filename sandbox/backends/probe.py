@@ -52,6 +52,7 @@ class Facts:
 
     isolation: dict[str, bool] = field(default_factory=dict)
     python_version: str = ""
+    notes: list[str] = field(default_factory=list)
 
 
 def find_bwrap(given: str | None = None) -> tuple[str, tuple[int, ...]]:
@@ -146,6 +147,9 @@ async def check(backend: BubblewrapBackend) -> Facts:
             version = await sandbox.run(_spec([backend.python.executable, "-I", "-S", "-B", "-c", code], b""), never)
             if version.status == "ok":
                 facts.python_version = version.stdout.text().text.strip()
+            else:
+                said = version.stderr.text().text.strip() or version.reason or version.status
+                facts.notes.append(f"no python3 inside: {backend.python.executable} does not run there: {said}")
         return facts
     finally:
         await sandbox.destroy()
