@@ -59,7 +59,9 @@ def test_an_ordinary_user_isolates_as_well(ordinary: Service) -> None:
     result = client.exec(box, f"echo begun; setsid sleep {marker} & trap '' TERM; sleep {marker}", timeout_s=1)
     assert (result.status, result.stdout) == ("timeout", "begun\n")
     assert processes_with(marker) == []
+    client.exec(box, "mkdir -p a/b/c && touch a/b/c/f && chmod 000 a/b/c a/b a")
     client.delete(box)
+    assert list((ordinary.state / "instance-0" / "workspaces").iterdir()) == []
 
 
 FORKS = """
