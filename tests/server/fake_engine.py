@@ -127,7 +127,8 @@ class FakeEngine:
             self.admit()
             if len(self.waiting) >= self.config.max_waiting:
                 error = f"{len(self.waiting)} requests are waiting, max_waiting is {self.config.max_waiting}"
-                return [Outputs([TokenOutput(message.request_id, [], [], [], [], 0, FINISH_QUEUE_FULL, error)], self.stats())]
+                refused = TokenOutput(message.request_id, [], [], [], [], 0, FINISH_QUEUE_FULL, error)
+                return [Outputs([refused], self.stats())]
             self.waiting.append(message)
         elif isinstance(message, Abort):
             self.waiting = [m for m in self.waiting if m.request_id != message.request_id]
