@@ -224,7 +224,7 @@ def _kind(mode: int) -> FileKind:
 
 def used_bytes(root: int, max_entries: int) -> tuple[int, int]:
     """(bytes allocated, entries seen) below `root`, for workspaces without a hard limit. It stops after `max_entries`,
-    and says one more when the tree is larger or nested too deeply to walk."""
+    and says one more when the tree is larger, nested too deeply to walk, or holds a directory that we may not read."""
     total = seen = 0
     stack: list[tuple[bytes, ...]] = [()]
     while stack:
@@ -242,6 +242,8 @@ def used_bytes(root: int, max_entries: int) -> tuple[int, int]:
                         total += status.st_blocks * 512
                         if stat.S_ISDIR(status.st_mode):
                             stack.append((*parts, os.fsencode(entry.name)))
+        except PermissionError:
+            return total, max_entries + 1
         except OSError:
             continue
     return total, seen

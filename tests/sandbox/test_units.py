@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -62,6 +63,29 @@ def test_no_path_splits_into_a_way_out(parts: list[bytes], absolute: bool) -> No
             files.split_path(path)
     else:
         assert files.split_path(path) == names[1 if path.startswith(b"/") else 0 :]
+
+
+def test_what_cannot_be_counted_counts_as_too_much(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "f").write_bytes(b"x" * 100_000)
+    root = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    used, entries = files.used_bytes(root, 100)
+    assert 100_000 <= used < 200_000
+    assert entries == 2
+    assert files.used_bytes(root, 1)[1] == 2
+    (tmp_path / "d").chmod(0o300)
+    os.chown(tmp_path / "d", 65500 if os.geteuid() == 0 else -1, -1)
+    child = os.fork()
+    if child == 0:  # as an ordinary user, whom the mode binds
+        try:
+            if os.geteuid() == 0:
+                os.setresuid(65500, 65500, 65500)
+            os._exit(files.used_bytes(root, 100)[1])
+        finally:
+            os._exit(255)
+    _, status = os.waitpid(child, 0)
+    os.close(root)
+    assert os.waitstatus_to_exitcode(status) == 101
 
 
 def evaluate(program: bytes, nr: int, arch: int, arg0: int = 0) -> int:
