@@ -46,14 +46,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     model: str = "demo"
     seed: int = 0
-    steps: int = 12
+    steps: int = 8
     tasks_per_step: int = 10
     group_size: int = 8
     held_out: int = 100
     concurrency: int = 24
     max_turns: int = 6
     max_tokens: int = 64
-    trainer: GRPOConfig = GRPOConfig(learning_rate=3e-4)
+    trainer: GRPOConfig = GRPOConfig(learning_rate=2e-4)
 
 
 class Outcome(msgspec.Struct, frozen=True):

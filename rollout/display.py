@@ -170,7 +170,7 @@ def plot(
         right.barh([row + offset for row in range(len(names))], shares, height=0.38, color=color, label=label)
     right.set_yticks(range(len(names)), names)
     right.set(xlabel="share of tasks solved", xlim=(0, 1), title="Held-out tasks by kind")
-    right.legend(loc="best")
+    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False)
     right.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)
