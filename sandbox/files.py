@@ -237,7 +237,7 @@ def used_bytes(root: int, max_entries: int) -> tuple[int, int]:
                     seen += 1
                     if seen > max_entries:
                         return total, seen
-                    with suppress(OSError):
+                    with suppress(FileNotFoundError):
                         status = entry.stat(follow_symlinks=False)
                         total += status.st_blocks * 512
                         if stat.S_ISDIR(status.st_mode):

@@ -65,7 +65,8 @@ def test_no_path_splits_into_a_way_out(parts: list[bytes], absolute: bool) -> No
         assert files.split_path(path) == names[1 if path.startswith(b"/") else 0 :]
 
 
-def test_what_cannot_be_counted_counts_as_too_much(tmp_path: Path) -> None:
+@pytest.mark.parametrize("hidden", ["d", "."])
+def test_what_cannot_be_counted_counts_as_too_much(tmp_path: Path, hidden: str) -> None:
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "f").write_bytes(b"x" * 100_000)
     root = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
@@ -73,8 +74,10 @@ def test_what_cannot_be_counted_counts_as_too_much(tmp_path: Path) -> None:
     assert 100_000 <= used < 200_000
     assert entries == 2
     assert files.used_bytes(root, 1)[1] == 2
-    (tmp_path / "d").chmod(0o300)
-    os.chown(tmp_path / "d", 65500 if os.geteuid() == 0 else -1, -1)
+    for path in (tmp_path, tmp_path / "d"):
+        path.chmod(0o755)
+        os.chown(path, 65500 if os.geteuid() == 0 else -1, -1)
+    (tmp_path / hidden).chmod(0o300 if hidden == "d" else 0o600)
     child = os.fork()
     if child == 0:  # as an ordinary user, whom the mode binds
         try:
@@ -84,6 +87,7 @@ def test_what_cannot_be_counted_counts_as_too_much(tmp_path: Path) -> None:
         finally:
             os._exit(255)
     _, status = os.waitpid(child, 0)
+    (tmp_path / hidden).chmod(0o700)
     os.close(root)
     assert os.waitstatus_to_exitcode(status) == 101
 
