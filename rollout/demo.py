@@ -7,6 +7,7 @@ model better. How it looks is `display`, what the tasks are is `agentserve.demo.
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import time
@@ -50,7 +51,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     tasks_per_step: int = 10
     group_size: int = 8
     held_out: int = 100
-    concurrency: int = 24
+    concurrency: int = 16
     max_turns: int = 6
     max_tokens: int = 64
     trainer: GRPOConfig = GRPOConfig(learning_rate=2e-4)
@@ -122,6 +123,9 @@ def train(client: Client, sandbox: str, settings: Settings, progress: display.Ru
     batches = [questions[start : start + size] for start in range(0, len(questions), size)]
     trainer = GRPOTrainer(load_model(resolve_model_dir(settings.model)), settings.trainer)
     reports = []
+    # Half the cores, so one of two: threads that wait for each other lose far more to any other busy process than a
+    # second one gains, and the run is the same on every machine of that size.
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
     with rollout:
         progress.phase("measuring held-out tasks")
         before = evaluate(rollout, held_out, seed=settings.seed)
@@ -138,8 +142,6 @@ def train(client: Client, sandbox: str, settings: Settings, progress: display.Ru
 def run(settings: Settings, out: Path, console: Console) -> Outcome:
     """The whole demo; returns what the RL run did."""
     started = time.monotonic()
-    # While the trainer computes, the engine waits, and the other way round: the trainer may use every core.
-    torch.set_num_threads(max(1, torch.get_num_threads()))
     with ExitStack() as stack:
         with console.status("starting the engine and the sandbox service"):
             server, sandbox = start_services(stack, settings.model)

@@ -39,13 +39,13 @@ def task(console: Console, number: int, prompt: str, files: Mapping[str, bytes])
     console.print()
     console.rule(f"[bold]Task {number}[/]", align="left")
     listed = ", ".join(f"{name} ({len(data)} bytes)" for name, data in files.items()) or "none"
-    console.print(f"[bold]user[/]      {escape(prompt)}", highlight=False)
-    console.print(f"[dim]files     {escape(listed)}[/]", highlight=False)
+    console.print(f"[bold]user[/]       {escape(prompt)}", highlight=False)
+    console.print(f"[dim]files      {escape(listed)}[/]", highlight=False)
 
 
 def tool_call(console: Console, call: ToolCall) -> None:
     """A tool call as the model wrote it."""
-    console.print(f"[cyan]call[/]      {call.name} {escape(_short(call.arguments))}", highlight=False)
+    console.print(f"[cyan]call[/]       {call.name} {escape(_short(call.arguments))}", highlight=False)
 
 
 def tool_result(console: Console, record: ToolRecord) -> None:
@@ -53,7 +53,7 @@ def tool_result(console: Console, record: ToolRecord) -> None:
     color = "green" if record.status == "ok" else "yellow"
     text = escape(_short(record.text))
     console.print(
-        f"[{color}]{record.status:9}[/] {text} [dim]({1000 * record.duration_s:.0f} ms in the sandbox)[/]",
+        f"[{color}]{record.status:10}[/] {text} [dim]({1000 * record.duration_s:.0f} ms in the sandbox)[/]",
         highlight=False,
     )
 
@@ -61,8 +61,8 @@ def tool_result(console: Console, record: ToolRecord) -> None:
 def turn(console: Console, record: TurnRecord) -> None:
     """What a turn cost, and how much of its prompt the cache had."""
     console.print(
-        f"[dim]turn {record.turn}    prompt {record.prompt} = {record.cached} cached + {record.computed} computed,[/] "
-        f"[magenta]hit rate {record.hit_rate:.0%}[/][dim], {record.completion} tokens in {record.total_ms:.0f} ms[/]",
+        f"[dim]turn {record.turn}     {record.prompt} tokens: {record.cached} cached + {record.computed} computed,[/] "
+        f"[magenta]{record.hit_rate:.0%} hit[/][dim]; {record.completion} sampled in {record.total_ms:.0f} ms[/]",
         highlight=False,
     )
 
@@ -70,7 +70,7 @@ def turn(console: Console, record: TurnRecord) -> None:
 def answer(console: Console, result: AgentResult[Any], right: bool) -> None:
     """The final reply, and whether it is right."""
     mark = "[green]right[/]" if right else "[red]wrong[/]"
-    console.print(f"[bold]assistant[/] {escape(_short(result.text))}  {mark}", highlight=False)
+    console.print(f"[bold]assistant[/]  {escape(_short(result.text))}  {mark}", highlight=False)
 
 
 class RunDisplay:
@@ -115,11 +115,9 @@ class RunDisplay:
         metrics = report.metrics
         self.progress.update(self.bar, advance=1, description="training")
         self.console.print(
-            f"step {report.step:3}  reward {metrics.reward:.3f}  tokens {metrics.tokens:5}  "
-            f"entropy {metrics.entropy:.3f}  grad {metrics.grad_norm:.2f}  "
-            f"logprob gap mean {metrics.gap_mean:.1e} max {metrics.gap_max:.1e}  "
-            f"[dim]rollout {report.rollout_s:.1f} s, train {report.train_s:.1f} s, "
-            f"publish {1000 * report.publish_s:.0f} ms[/]",
+            f"step {report.step:3}  [bold]reward {metrics.reward:.3f}[/]  {metrics.tokens:5} tokens  "
+            f"logprob gap {metrics.gap_mean:.0e} (max {metrics.gap_max:.0e})  "
+            f"[dim]{report.rollout_s:.1f} + {report.train_s:.1f} s[/]",
             highlight=False,
         )
 
@@ -133,15 +131,20 @@ def summary(
     seconds: float,
 ) -> None:
     """What came of it all."""
-    tokens = sum(report.metrics.tokens for report in reports)
-    gap = sum(report.metrics.gap_mean * report.metrics.tokens for report in reports) / max(tokens, 1)
+    trained = [report.metrics for report in reports if report.metrics.tokens]
+    tokens = sum(metrics.tokens for metrics in trained)
+    gap = sum(metrics.gap_mean * metrics.tokens for metrics in trained) / max(tokens, 1)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("held-out tasks solved", f"[bold]{before.mean:.1%} → {after.mean:.1%}[/]")
     table.add_row("trained on", f"{tokens} sampled tokens in {len(reports)} steps")
-    largest = max((report.metrics.gap_max for report in reports), default=0.0)
+    largest = max((metrics.gap_max for metrics in trained), default=0.0)
     table.add_row("logprob gap, trainer to engine", f"mean {gap:.1e}, largest {largest:.1e} (float32)")
     table.add_row("plot", str(plot))
-    table.add_row("time", f"{seconds:.0f} s")
+    rollouts, training = (sum(getattr(report, part) for report in reports) for part in ("rollout_s", "train_s"))
+    published = sum(report.publish_s for report in reports)
+    table.add_row(
+        "time", f"{seconds:.0f} s: rollouts {rollouts:.0f}, training {training:.0f}, publishing {published:.1f}"
+    )
     console.print()
     console.print(table, highlight=False)
 
