@@ -25,6 +25,8 @@ from agentserve.demo.template import CHAT_TEMPLATE
 from agentserve.demo.tokenizer import END_OF_TEXT, TURN_END, save_tokenizer, train_tokenizer
 from agentserve.models import Decoder, ModelConfig, PackedStep, save_model
 
+THREADS = 2
+
 
 class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that decides which model comes out; `tokens_per_step` counts prompt tokens too."""
@@ -39,7 +41,6 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     clip: float = 1.0
     vocab_size: int = 1024
     tokenizer_conversations: int = 2000
-    threads: int = 2
 
 
 class Example(msgspec.Struct, frozen=True):
@@ -128,7 +129,6 @@ def loss_of(model: Decoder, batch: list[Example]) -> torch.Tensor:
 def train(config: TrainConfig, out: Path) -> dict[str, float]:
     """Train and write a model directory to `out`. Return final loss, seconds and parameter count."""
     begun = time.monotonic()
-    torch.set_num_threads(config.threads)
     tokenizer = make_tokenizer(config)
     vocabulary = tokenizer.get_vocab()
     eos = [vocabulary[TURN_END], vocabulary[END_OF_TEXT]]
@@ -239,6 +239,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.steps < 1 or options.tokens_per_step < 1:
         parser.error("--steps and --tokens-per-step must be at least 1")
+    torch.set_num_threads(THREADS)
     config = TrainConfig(
         seed=options.seed,
         steps=options.steps,

@@ -4,6 +4,8 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -130,8 +132,17 @@ def test_loss_is_on_the_assistants_tokens_only() -> None:
     assert TOKENIZER.decode(example.token_ids) + "\n" == whole
 
 
-def test_training_is_repeatable_and_writes_a_model(tmp_path: Any) -> None:
-    config = TrainConfig(steps=2, tokens_per_step=256, tokenizer_conversations=100, threads=1, seed=5)
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_training_is_repeatable_and_writes_a_model(tmp_path: Path) -> None:
+    config = TrainConfig(steps=2, tokens_per_step=256, tokenizer_conversations=100, seed=5)
     first, second = train(config, tmp_path / "a"), train(config, tmp_path / "b")
     assert first["loss"] == second["loss"]
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]

@@ -32,11 +32,7 @@ def run_really(recipe: Recipe, directory: Path) -> list[str]:
         (directory / name).write_bytes(content)
     printed = []
     for call in (*recipe.calls, *([recipe.wrong] if recipe.wrong else [])):
-        command = (
-            ["bash", "-c", call.argument]
-            if call.tool == "shell"
-            else [sys.executable, "-I", "-c", call.argument]
-        )
+        command = ["bash", "-c", call.argument] if call.tool == "shell" else [sys.executable, "-I", "-c", call.argument]
         done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=30, check=True)
         printed.append(done.stdout)
     return printed

@@ -41,9 +41,7 @@ _message = st.one_of(
 )
 
 
-def render(
-    messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, prompt: bool = False
-) -> str:
+def render(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, prompt: bool = False) -> str:
     text = TOKENIZER.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
     assert isinstance(text, str)
     return text
@@ -51,9 +49,7 @@ def render(
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(_message, min_size=1, max_size=7), st.sampled_from([None, TOOLS]))
-def test_what_was_rendered_stays_a_prefix(
-    messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
-) -> None:
+def test_what_was_rendered_stays_a_prefix(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> None:
     whole = render(messages, tools)
     for k in range(1, len(messages)):
         assert whole.startswith(render(messages[:k], tools))
@@ -123,9 +119,9 @@ def test_the_prompt_is_short() -> None:
 def test_digits_are_single_tokens() -> None:
     for digit in "0123456789":
         assert len(TOKENIZER.encode(digit, add_special_tokens=False)) == 1
-    assert TOKENIZER.convert_ids_to_tokens(TOKENIZER.encode("x = 90417.25", add_special_tokens=False))[
-        -8:
-    ] == list("90417.25")
+    assert TOKENIZER.convert_ids_to_tokens(TOKENIZER.encode("x = 90417.25", add_special_tokens=False))[-8:] == list(
+        "90417.25"
+    )
     several = [text for text in TOKENIZER.get_vocab() if sum(c.isdigit() for c in text) and len(text) > 1]
     assert several == []
 
