@@ -88,7 +88,7 @@ def test_every_turn_after_the_first_finds_its_past_in_the_cache(engine_url: str,
 
 def test_published_weights_serve_and_stamp_the_tokens(engine_url: str, sandbox_url: str):
     """Training steps move the served model: version by version, with no gap between trainer and engine."""
-    trainer = GRPOTrainer(load_model(MODEL_DIR), GRPOConfig(learning_rate=1e-3))
+    trainer = GRPOTrainer(load_model(MODEL_DIR), GRPOConfig(learning_rate=1e-4))
     with Client(engine_url) as client:
         start = client.health().weight_version
         rollout = Rollout(client.url, sandbox_url, SPEC, graded, group_size=6, concurrency=12, seed=2)
