@@ -21,7 +21,7 @@ from rich.console import Console
 
 from agentserve.demo import tasks as demo
 from agentserve.models import load_model
-from agentserve.sdk import Agent, AgentResult, Client, Done, ToolCall, ToolResult, TurnDone
+from agentserve.sdk import Agent, AgentResult, AgentserveError, Client, Done, ToolCall, ToolResult, TurnDone
 from agentserve.tokenizer import resolve_model_dir
 from rollout import display
 from rollout.coordinator import Rollout
@@ -178,8 +178,8 @@ def main() -> int:
     except KeyboardInterrupt:
         console.print("[yellow]stopped; services are down[/]")
         return 130
-    except ServiceFailed as error:
-        console.print(f"[red]{error}[/]", markup=True, highlight=False)
+    except (ServiceFailed, AgentserveError, ValueError) as error:
+        console.print(str(error), style="red", markup=False, highlight=False)
         return 1
     return 0 if outcome.after.mean > outcome.before.mean else 1
 

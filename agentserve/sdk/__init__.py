@@ -3,10 +3,11 @@
 It needs neither torch nor a tokenizer: text and token ids go over HTTP.
 """
 
-from agentserve.sdk.agent import (
-    Agent,
+from agentserve.sdk.agent import Agent, AsyncAgent
+from agentserve.sdk.client import AsyncClient, AsyncSession
+from agentserve.sdk.context import Context, Sandbox, SandboxRefusal, SandboxUnavailable
+from agentserve.sdk.result import (
     AgentResult,
-    AsyncAgent,
     Done,
     Event,
     TextDelta,
@@ -16,8 +17,6 @@ from agentserve.sdk.agent import (
     TurnDone,
     TurnRecord,
 )
-from agentserve.sdk.client import AsyncClient, AsyncSession
-from agentserve.sdk.context import Context, Sandbox, SandboxRefusal, SandboxUnavailable
 from agentserve.sdk.sync import BackgroundLoop, Client, Session
 from agentserve.sdk.tools import InfraError, Tool, ToolOutcome, sandbox_tools, tool
 from agentserve.sdk.types import (

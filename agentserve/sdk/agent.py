@@ -9,15 +9,26 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
-from typing import Any, Generic, Literal, TypeAlias, TypeVar, Unpack
-
-import msgspec
+from dataclasses import replace
+from typing import Any, Unpack
 
 from agentserve.sdk.client import AsyncClient, AsyncSession
 from agentserve.sdk.context import Context, SandboxService, SandboxUnavailable, connect, finish
+from agentserve.sdk.result import (
+    AgentResult,
+    AgentStatus,
+    Done,
+    Event,
+    TextDelta,
+    ToolCall,
+    ToolRecord,
+    ToolResult,
+    TurnDone,
+    TurnRecord,
+    turn_record,
+)
 from agentserve.sdk.sync import BackgroundLoop, Client, Session
-from agentserve.sdk.tools import Tool, ToolOutcome, ToolStatus, sandbox_tools
+from agentserve.sdk.tools import Tool, ToolOutcome, sandbox_tools
 from agentserve.sdk.types import (
     AgentserveError,
     CallRequest,
@@ -27,117 +38,6 @@ from agentserve.sdk.types import (
     Turn,
     check_sampling,
 )
-
-AgentStatus: TypeAlias = Literal["ok", "max_turns", "length", "infra_error"]
-SessionT = TypeVar("SessionT")
-
-
-class ToolRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A tool call and what came of it. `arguments` is the JSON text that the model wrote."""
-
-    id: str
-    name: str
-    arguments: str
-    status: ToolStatus
-    text: str
-    exit_code: int | None = None
-    duration_s: float = 0.0
-
-
-class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One model turn: its prompt's tokens (cached and computed), what it wrote, its tool calls, milliseconds.
-
-    `appended_ids` and `sampled_ids` are the turn's tokens when `return_token_ids` was asked for.
-    """
-
-    turn: int
-    text: str
-    finish_reason: str
-    prompt: int
-    cached: int
-    computed: int
-    completion: int
-    ttft_ms: float
-    total_ms: float
-    tools: tuple[ToolRecord, ...] = ()
-    appended_ids: list[int] | None = None
-    sampled_ids: list[int] | None = None
-
-    @property
-    def hit_rate(self) -> float:
-        """Share of the prompt that came from the cache, in [0, 1]."""
-        return self.cached / self.prompt if self.prompt else 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class AgentResult(Generic[SessionT]):
-    """What a run left.
-
-    Attributes:
-        text: the last reply's text.
-        status: `ok` (the model ended its reply without a tool call), `max_turns`, `length` (a reply was cut
-            or the context is full) or `infra_error` (server or sandbox failed; `error` says how). Only the
-            last one says nothing about the model.
-        turns: every model turn with its tool calls.
-        session: the session, still open: ask it for its `log`, take another turn, or close it. None if it
-            never opened.
-    """
-
-    text: str
-    status: AgentStatus
-    turns: tuple[TurnRecord, ...]
-    session: SessionT | None
-    error: str | None = None
-
-    @property
-    def session_id(self) -> str | None:
-        """The session's id on the server."""
-        return getattr(self.session, "id", None)
-
-    @property
-    def tools(self) -> tuple[ToolRecord, ...]:
-        """All tool calls of the run, in order."""
-        return tuple(record for turn in self.turns for record in turn.tools)
-
-
-@dataclass(frozen=True)
-class TextDelta:
-    """A piece of the reply's raw text, tool calls included, as the model writes it."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class ToolCall:
-    """The model asked for a tool; it starts now."""
-
-    id: str
-    name: str
-    arguments: str
-
-
-@dataclass(frozen=True)
-class ToolResult:
-    """A tool ended. Events of one turn come in call order."""
-
-    record: ToolRecord
-
-
-@dataclass(frozen=True)
-class TurnDone:
-    """A model turn and its tool calls are complete."""
-
-    record: TurnRecord
-
-
-@dataclass(frozen=True)
-class Done(Generic[SessionT]):
-    """The run is over."""
-
-    result: AgentResult[SessionT]
-
-
-Event: TypeAlias = TextDelta | ToolCall | ToolResult | TurnDone | Done[Any]
 
 
 class AsyncAgent:
@@ -278,7 +178,7 @@ class AsyncAgent:
                     tools = await self._call_all(calls, context)
                     for record in tools:
                         yield ToolResult(record)
-                    turns.append(_turn_record(reply, tools))
+                    turns.append(turn_record(reply, tools))
                     yield TurnDone(turns[-1])
                     failed = [record for record in tools if record.status == "infra_error"]
                     if failed:
@@ -418,23 +318,6 @@ class Agent:
 def _with_session(result: AgentResult[AsyncSession], background: BackgroundLoop) -> AgentResult[Session]:
     session = None if result.session is None else Session(background, result.session)
     return replace(result, session=session)  # pyright: ignore[reportReturnType, reportArgumentType]
-
-
-def _turn_record(reply: Turn, tools: tuple[ToolRecord, ...]) -> TurnRecord:
-    return TurnRecord(
-        turn=reply.turn,
-        text=reply.text,
-        finish_reason=reply.finish_reason,
-        prompt=reply.report.prompt,
-        cached=reply.report.cached,
-        computed=reply.report.computed,
-        completion=reply.usage.completion_tokens,
-        ttft_ms=reply.timings.ttft_ms,
-        total_ms=reply.timings.total_ms,
-        tools=tools,
-        appended_ids=reply.prompt_token_ids,
-        sampled_ids=reply.token_ids,
-    )
 
 
 def _tool_message(record: ToolRecord) -> Message:

@@ -1,6 +1,9 @@
 """The real server with the demo model, the real sandbox, the real trainer."""
 
 import json
+import os
+import signal
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,7 +14,9 @@ from agentserve.demo import MODEL_DIR
 from agentserve.demo import tasks as demo
 from agentserve.models import load_model
 from agentserve.sdk import Agent, AgentResult, AsyncClient, Client
-from rollout import AgentSpec, Rollout
+from rollout import AgentSpec, Rollout, Trajectory
+from rollout.demo import ENGINE_FLAGS
+from rollout.processes import Service
 from rollout.train.grpo import GRPOConfig, GRPOTrainer, token_logprobs
 from rollout.train.loop import reinforce
 from rollout.weights import publish_weights
@@ -70,6 +75,29 @@ async def test_what_is_trained_is_exactly_what_was_sampled(engine_url: str, sand
     recorded = [lp for each in got for lp, flag in zip(each.logprobs, each.loss_mask, strict=True) if flag]
     # One definition of the model, two ways through it: they differ by float32 rounding only.
     torch.testing.assert_close(ours, torch.tensor(recorded), atol=2e-4, rtol=0)
+
+
+def only_child(pid: int) -> int:
+    (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(child)
+
+
+async def test_a_killed_engine_ends_every_episode_as_an_infrastructure_failure(sandbox_url: str):
+    """Nothing hangs, nothing is lost, and nothing becomes a reward of 0."""
+    with Service("server", ["-m", "agentserve", "serve", "demo", *ENGINE_FLAGS]) as service:
+        engine = only_child(service.pid)
+        tasks = demo.tasks("train", 30, seed=6)
+        got: list[Trajectory] = []
+        async with Rollout(service.url, sandbox_url, SPEC, graded, group_size=2, concurrency=8) as rollout:
+            async for each in rollout.trajectories(tasks):
+                got.append(each)
+                if len(got) == 5:
+                    os.kill(engine, signal.SIGKILL)
+    assert len({each.episode_id for each in got}) == len(got) == 60
+    lost = [each for each in got if each.status == "infra_error"]
+    assert len(lost) >= 40
+    assert all(each.reward is None and each.error for each in lost)
+    assert all(each.reward is not None for each in got if each not in lost)
 
 
 def test_every_turn_after_the_first_finds_its_past_in_the_cache(engine_url: str, sandbox_url: str):
