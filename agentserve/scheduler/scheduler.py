@@ -129,8 +129,6 @@ class Scheduler:
 
     def step(self) -> list[TokenOutput]:
         """One turn of the loop; what became visible."""
-        if self._in_flight is None:
-            self._complete_idle()
         outputs = self.committer.sweep_aborted()
         if self.overlap:
             launched = self._launch()
@@ -143,6 +141,7 @@ class Scheduler:
         for output in outputs:
             if output.finish_reason is not None:
                 del self.requests[output.request_id]
+        self._complete_idle()
         return outputs
 
     def update_weights(self, version: int, tensors: Mapping[str, object]) -> None:
@@ -155,10 +154,13 @@ class Scheduler:
             raise ValueError(f"version must be greater than {self.manager.weight_version}, got {version}")
         self.runner.update_weights(version, tensors)
         self.manager.set_weight_version(version)
+        self._complete_idle()
 
     def flush_cache(self) -> int:
         """Forget every cached prefix that no running request holds; the number of pages freed."""
-        return self.manager.flush()
+        pages = self.manager.flush()
+        self._complete_idle()
+        return pages
 
     def check(self) -> None:
         """Raise AssertionError unless every page and row has one owner."""
@@ -213,9 +215,10 @@ class Scheduler:
         return self.committer.commit(plan, result)
 
     def _complete_idle(self) -> None:
-        # nothing is in flight, so whatever retired since the last commit can be used again
-        self.manager.pool.complete(self._steps)
-        self.queue.complete(self._steps)
+        # with nothing in flight, whatever retired since the last commit can be used again
+        if self._in_flight is None:
+            self.manager.pool.complete(self._steps)
+            self.queue.complete(self._steps)
 
     def _plan(self) -> StepPlan | None:
         self.queue.admit(self.manager)
