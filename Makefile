@@ -15,7 +15,7 @@ help:
 	@PYTHON=$(PYTHON) scripts/system-packages
 	@echo "Making .venv (the first time takes a few minutes: torch is large) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
 .PHONY: system
