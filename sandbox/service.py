@@ -18,6 +18,7 @@ import msgspec
 from fastapi import FastAPI, Request, Response
 from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sandbox import metrics
@@ -163,10 +164,13 @@ async def _body(request: Request, limit: int) -> bytes:
     if declared is not None and declared.isdigit() and int(declared) > limit:
         raise too_large
     chunks = bytearray()
-    async for chunk in request.stream():
-        chunks += chunk
-        if len(chunks) > limit:
-            raise too_large
+    try:
+        async for chunk in request.stream():
+            chunks += chunk
+            if len(chunks) > limit:
+                raise too_large
+    except ClientDisconnect:  # nobody will read this, but a traceback in the log would be noise
+        raise SandboxError(499, "client_gone", "the client left before its body was here") from None
     return bytes(chunks)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from agentserve.server.engine_client import EngineDead, EngineRefused, QueueFull
 from agentserve.session.store import SessionBusy, SessionGone, SessionUnknown, TooManySessions
@@ -76,6 +77,7 @@ class ClientGone(ApiError):
 
 
 _STATUS: dict[type[Exception], tuple[int, str | None]] = {
+    ClientDisconnect: (499, None),  # it left before its body was here
     EngineDead: (503, "engine_dead"),
     EngineRefused: (400, None),
     QueueFull: (429, "queue_full"),

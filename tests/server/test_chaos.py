@@ -64,10 +64,10 @@ async def test_everyone_gets_an_answer_and_nothing_stays(fake_server: Callable[.
     seen: Counter[str] = Counter()
     async with asyncio.timeout(60):
         await asyncio.gather(*(client(server, number, seen) for number in range(24)))
-    assert seen["ask 200"] > 5
-    assert seen["turn 200"] > 5
-    assert seen["left"] > 5
-    assert sum(count for kind, count in seen.items() if kind.endswith("429")) > 5
+    # how often each happens is the scheduler's and the clock's affair; that it happened is what makes this a test
+    for kind in ("ask 200", "turn 200", "left", "bad 400"):
+        assert seen[kind], f"no client saw {kind!r}"
+    assert any(kind.endswith("429") for kind in seen), "the queue was never full"
     engine = server.parts.engine
     await asyncio.to_thread(server.until, lambda: engine.in_flight == 0)
     async with httpx.AsyncClient(base_url=server.url, trust_env=False) as http:
