@@ -7,13 +7,9 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
-
-if TYPE_CHECKING:
-    from agentserve.cache.radix import Handle
 
 DEFAULT_MAX_TOKENS = 256
 MAX_TOP_LOGPROBS = 20
@@ -103,6 +99,14 @@ class State(enum.Enum):
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Handle:
+    """A locked prefix of `length` tokens in the cache; `node` is the cache's own business. Give it back once."""
+
+    node: object
+    length: int
 
 
 @dataclass(eq=False)

@@ -9,8 +9,11 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
+
+from agentserve.core import Handle
 
 
 @dataclass(eq=False, slots=True)
@@ -24,14 +27,6 @@ class Node:
     locks: int = 0
     used: int = 0
     queued: bool = False
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Handle:
-    """A locked prefix of `length` tokens, a whole number of pages. Give it back with `unlock`, once."""
-
-    node: Node
-    length: int
 
 
 class RadixCache:
@@ -90,7 +85,7 @@ class RadixCache:
 
     def unlock(self, handle: Handle) -> None:
         """Give a handle back; its nodes can be evicted once nobody else holds them."""
-        node: Node | None = handle.node
+        node = cast(Node | None, handle.node)
         if node is not None and node.locks == 0:
             raise RuntimeError("handle was given back twice")
         while node is not None:

@@ -53,7 +53,9 @@ class ExecOutcome:
 
 
 class BackendSandbox(ABC):
-    """One isolated machine."""
+    """One isolated machine. `init_pid` is the host's number of the latest command's first process, once it runs."""
+
+    init_pid: int | None = None
 
     @abstractmethod
     async def run(

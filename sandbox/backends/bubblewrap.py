@@ -66,7 +66,7 @@ class BubblewrapBackend(Backend):
             raise IsolationUnavailable(f"the state directory cannot be used: {error}") from error
         try:
             await self._set_up(self._instance)
-            self.facts = await probe.check(self)
+            self.facts = await probe.check(self, self.python)
         except BaseException:
             await self.close()
             raise
@@ -266,7 +266,6 @@ class BubblewrapSandbox(BackendSandbox):
         self.root = root
         self.uid: int | None = None
         self.group: cgroup.Group | None = None
-        self.init_pid: int | None = None  # of the latest command, for the probe
         self._root_fd = self._workspace_fd = -1
         self._mounted = self._destroyed = self._stuck = False
 

@@ -10,27 +10,54 @@ import os
 import signal
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Protocol
 
 from sandbox.backends import cgroup, recipe
 from sandbox.backends.base import ExecSpec, OutputListener
-from sandbox.backends.spawner_link import Running, SpawnerDied
+from sandbox.backends.spawner_link import Running, SpawnerDied, SpawnerLink
 from sandbox.output import OutputBuffer
-from sandbox.schema import Status
-
-if TYPE_CHECKING:
-    from sandbox.backends.bubblewrap import BubblewrapSandbox
+from sandbox.schema import Limits, Status
 
 DISK_POLL_S = 0.5
 _KILL_DEADLINE_S = 1.3
 _PIPE_BYTES = 65536
 
 
+class Host(Protocol):
+    """What a command needs of the backend."""
+
+    workspace_kind: str
+
+    @property
+    def link(self) -> SpawnerLink: ...
+
+    def options(self, root: Path, env: dict[str, str]) -> bytes: ...
+
+    def spawn_message(self, limits: Limits, uid: int | None, procs: list[str]) -> dict[str, object]: ...
+
+
+class Room(Protocol):
+    """What a command needs of the sandbox it runs in."""
+
+    limits: Limits
+    env: dict[str, str]
+    root: Path
+    uid: int | None
+    group: cgroup.Group | None
+    init_pid: int | None
+
+    @property
+    def backend(self) -> Host: ...
+
+    def over_disk(self, times: int = 1) -> bool: ...
+
+
 class Execution:
     """One command from its pipes to its verdict. Lives on the event loop; `close` frees what `run` opened."""
 
     def __init__(
-        self, sandbox: BubblewrapSandbox, spec: ExecSpec, stop: asyncio.Future[str], listener: OutputListener | None
+        self, sandbox: Room, spec: ExecSpec, stop: asyncio.Future[str], listener: OutputListener | None
     ) -> None:
         self.sandbox = sandbox
         self.spec = spec

@@ -11,13 +11,10 @@ import shutil
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from sandbox.backends.base import ExecSpec, IsolationUnavailable
+from sandbox.backends.base import Backend, BackendSandbox, ExecSpec, IsolationUnavailable
+from sandbox.backends.recipe import Python
 from sandbox.schema import Limits
-
-if TYPE_CHECKING:
-    from sandbox.backends.bubblewrap import BubblewrapBackend, BubblewrapSandbox
 
 INSTALL = "apt-get install bubblewrap"
 _FIXED_IN = (0, 12, 0)
@@ -111,8 +108,12 @@ def userns_remedy() -> str | None:
     return None
 
 
-async def check(backend: BubblewrapBackend) -> Facts:
-    """Run the real recipe and look. Raises IsolationUnavailable with everything that does not hold."""
+async def check(backend: Backend, python: Python | None) -> Facts:
+    """Run the real recipe, with `python` inside, and look.
+
+    Raises:
+        IsolationUnavailable: with everything that does not hold.
+    """
     sandbox = await backend.create("probe", Limits(memory_mb=256, pids=32, disk_mb=16), {})
     try:
         never: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -142,14 +143,14 @@ async def check(backend: BubblewrapBackend) -> Facts:
         if broken:
             raise IsolationUnavailable(f"bubblewrap runs, but isolation is not complete: {', '.join(broken)} ({seen})")
         facts.isolation["system_call_filter"] = seen.get("Seccomp") == "2"
-        if backend.python is not None:
+        if python is not None:
             code = "import platform; print(platform.python_version())"
-            version = await sandbox.run(_spec([backend.python.executable, "-I", "-S", "-B", "-c", code], b""), never)
+            version = await sandbox.run(_spec([python.executable, "-I", "-S", "-B", "-c", code], b""), never)
             if version.status == "ok":
                 facts.python_version = version.stdout.text().text.strip()
             else:
                 said = version.stderr.text().text.strip() or version.reason or version.status
-                facts.notes.append(f"no python3 inside: {backend.python.executable} does not run there: {said}")
+                facts.notes.append(f"no python3 inside: {python.executable} does not run there: {said}")
         return facts
     finally:
         await sandbox.destroy()
@@ -159,7 +160,7 @@ def _spec(argv: list[str], stdin: bytes) -> ExecSpec:
     return ExecSpec(argv, stdin, {}, None, 20.0, 65536, 1 << 20)
 
 
-async def _host_uid_is_not_root(sandbox: BubblewrapSandbox) -> bool:
+async def _host_uid_is_not_root(sandbox: BackendSandbox) -> bool:
     """Look from outside at a command that waits: the kernel must know it under another uid than root's."""
     loop = asyncio.get_running_loop()
     stop: asyncio.Future[str] = loop.create_future()

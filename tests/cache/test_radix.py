@@ -5,7 +5,8 @@ import pytest
 
 from agentserve.cache.manager import CacheManager
 from agentserve.cache.pool import PagePool
-from agentserve.cache.radix import Handle, RadixCache
+from agentserve.cache.radix import RadixCache
+from agentserve.core import Handle
 
 
 def ids(*values: int) -> np.ndarray:

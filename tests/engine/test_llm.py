@@ -198,3 +198,31 @@ def test_the_engine_imports_no_http_and_no_tokenizer():
 
 def test_prompts_may_be_numpy(llm):
     assert len(llm.generate([np.array([1, 2, 3])], greedy())[0].token_ids) == 20
+
+
+@pytest.fixture(scope="module")
+def demo():
+    with LLM("demo", dtype="float32", kv_tokens=4096) as made:
+        yield made
+
+
+def test_text_goes_in_and_comes_out(demo):
+    prompt = demo.tokenizer.render([{"role": "user", "content": "Hello"}])
+    whole = demo.generate(prompt, SamplingParams(temperature=0.0, max_tokens=40))[0]
+    assert whole.finish_reason == "stop"
+    assert whole.token_ids[-1] in demo.tokenizer.eos_token_ids
+    assert whole.text == demo.tokenizer.decode(whole.token_ids[:-1])
+    assert len(whole.text) > 5
+
+
+def test_stop_strings_cut_text_and_tokens_and_free_the_request(demo):
+    prompt = demo.tokenizer.render([{"role": "user", "content": "Hello"}])
+    whole = demo.generate(prompt, SamplingParams(temperature=0.0, max_tokens=40))[0]
+    stop = whole.text[3:6]
+    cut = demo.generate(prompt, SamplingParams(temperature=0.0, max_tokens=40, stop=(stop,)))[0]
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert cut.finish_reason == "stop"
+    assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
+    assert stop in demo.tokenizer.decode(cut.token_ids)
+    assert stop not in demo.tokenizer.decode(cut.token_ids[:-1])
+    assert not demo.scheduler.has_work
