@@ -18,7 +18,7 @@ from agentserve.config import EngineConfig
 from agentserve.core import StepPlan, StepResult
 from agentserve.engine import sampler
 from agentserve.kernels import paged_attention
-from agentserve.models import DTYPES, Decoder, PagedStep, load_model, load_weights, read_config
+from agentserve.models import DTYPES, Decoder, PagedStep, destination, load_model, load_weights, read_config
 
 
 class ModelRunner:
@@ -75,13 +75,15 @@ class ModelRunner:
         done.set_result(self._run(plan))
         return done
 
-    def update_weights(self, version: int, tensors: Mapping[str, object]) -> None:
+    def update_weights(self, version: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copy named checkpoint tensors into the parameters, between two steps; waits until that is done.
 
         Raises:
             ValueError: an unknown name or a wrong shape; nothing has been copied then.
         """
-        self._check_tensors(tensors)
+        views = self.model.checkpoint_views()
+        for name, tensor in tensors.items():
+            destination(self.model, views, name, tensor)
         if self._stream is not None:
             self._stream.submit(self._copy_weights, version, tensors).result()
         else:
@@ -122,20 +124,8 @@ class ModelRunner:
         seconds = time.perf_counter() - start
         return StepResult(sampled.token_ids.tolist(), sampled.logprobs, sampled.top, self.weight_version, seconds)
 
-    def _check_tensors(self, tensors: Mapping[str, object]) -> None:
-        views = self.model.checkpoint_views()
-        for name, tensor in tensors.items():
-            if name == "lm_head.weight" and self.model.lm_head is None:
-                continue
-            if name not in views:
-                raise ValueError(f"tensor {name!r} is not part of this {self.model.config.architecture}")
-            if not isinstance(tensor, torch.Tensor) or tensor.shape != views[name].shape:
-                shape = list(getattr(tensor, "shape", ()))
-                raise ValueError(f"tensor {name!r} has shape {shape}, this model's is {list(views[name].shape)}")
-
-    def _copy_weights(self, version: int, tensors: Mapping[str, object]) -> None:
-        items = [(name, tensor) for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)]
-        load_weights(self.model, items, partial=True)
+    def _copy_weights(self, version: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        load_weights(self.model, tensors.items(), partial=True)
         self.weight_version = version
 
 

@@ -3,7 +3,7 @@
 from agentserve.layers.attention import PackedStep, PagedStep
 from agentserve.models.config import ModelConfig
 from agentserve.models.decoder import Decoder
-from agentserve.models.loader import DTYPES, load_model, load_weights, read_config, save_model
+from agentserve.models.loader import DTYPES, destination, load_model, load_weights, read_config, save_model
 
 __all__ = [
     "DTYPES",
@@ -11,6 +11,7 @@ __all__ = [
     "ModelConfig",
     "PackedStep",
     "PagedStep",
+    "destination",
     "load_model",
     "load_weights",
     "read_config",

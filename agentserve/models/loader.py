@@ -6,7 +6,7 @@ Only files are handled here; which tensor goes where is `Decoder.checkpoint_view
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -64,18 +64,28 @@ def load_weights(model: Decoder, tensors: Iterable[tuple[str, torch.Tensor]], pa
     left = set(views)
     with torch.no_grad():
         for name, tensor in tensors:
-            if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.lm_head is None):
-                continue  # derived from the configuration, or a second name of the tied embedding
-            if name not in views:
-                raise ValueError(f"tensor {name!r} is not part of a {model.config.architecture}")
-            if views[name].shape != tensor.shape:
-                raise ValueError(
-                    f"tensor {name!r} has shape {list(tensor.shape)}, config.json says {list(views[name].shape)}"
-                )
-            views[name].copy_(tensor)
-            left.discard(name)
+            if (view := destination(model, views, name, tensor)) is not None:
+                view.copy_(tensor)
+                left.discard(name)
     if left and not partial:
         raise ValueError(f"checkpoint lacks {len(left)} tensors, the first is {min(left)!r}")
+
+
+def destination(
+    model: Decoder, views: Mapping[str, torch.Tensor], name: str, tensor: torch.Tensor
+) -> torch.Tensor | None:
+    """Where a checkpoint tensor goes among the model's `checkpoint_views`; None for one that is derived from others.
+
+    Raises:
+        ValueError: an unknown name or a wrong shape.
+    """
+    if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.lm_head is None):
+        return None  # computed from the configuration, or a second name of the tied embedding
+    if name not in views:
+        raise ValueError(f"tensor {name!r} is not part of this {model.config.architecture}")
+    if views[name].shape != tensor.shape:
+        raise ValueError(f"tensor {name!r} has shape {list(tensor.shape)}, this model's is {list(views[name].shape)}")
+    return views[name]
 
 
 def save_model(model: Decoder, model_dir: str | Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -39,7 +39,7 @@ class Runner(Protocol):
         """Start a step; may return before it has run."""
         ...
 
-    def update_weights(self, version: int, tensors: Mapping[str, object]) -> None:
+    def update_weights(self, version: int, tensors: Mapping[str, Any]) -> None:
         """Replace named weights between two steps; ValueError, with nothing changed, for a tensor that does not fit."""
         ...
 
@@ -144,7 +144,7 @@ class Scheduler:
         self._complete_idle()
         return outputs
 
-    def update_weights(self, version: int, tensors: Mapping[str, object]) -> None:
+    def update_weights(self, version: int, tensors: Mapping[str, Any]) -> None:
         """Put new weights in place between two steps; requests go on, later tokens carry `version`.
 
         Raises:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -79,7 +80,7 @@ class FakeRunner:
         self._pending.append(launched)
         return launched
 
-    def update_weights(self, version: int, tensors: Mapping[str, object]) -> None:
+    def update_weights(self, version: int, tensors: Mapping[str, Any]) -> None:
         """Run what was launched, then carry the new version."""
         if self._pending:
             self.run_until(self._pending[-1])

@@ -48,13 +48,13 @@ def test_missing_tensors_are_named(copy):
 
 def test_surplus_tensors_are_named(copy):
     edit_tensors(copy, lambda tensors: tensors.update({"model.extra": torch.zeros(1)}))
-    with pytest.raises(ValueError, match=r"'model.extra' is not part of a LlamaForCausalLM"):
+    with pytest.raises(ValueError, match=r"'model.extra' is not part of this LlamaForCausalLM"):
         load_model(copy)
 
 
 def test_wrong_shapes_are_named(copy):
     edit_tensors(copy, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(3)}))
-    with pytest.raises(ValueError, match=r"'model.norm.weight' has shape \[3\], config.json says \[64\]"):
+    with pytest.raises(ValueError, match=r"'model.norm.weight' has shape \[3\], this model's is \[64\]"):
         load_model(copy)
 
 
