@@ -245,7 +245,11 @@ class StepResult:
 
 
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
-    """What commit says of one request: the tokens that became visible, and why it ended, if it did."""
+    """What commit says of one request: the tokens that became visible, and why it ended, if it did.
+
+    Under a grammar `logprobs` are those of the masked distribution that was sampled, and `unmasked_logprobs` those
+    that a trainer recomputes; without one the latter is empty.
+    """
 
     request_id: str
     token_ids: list[int]
@@ -255,6 +259,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     cached_tokens: int
     finish_reason: str | None = None
     error: str | None = None
+    unmasked_logprobs: list[float] = []
 
 
 FINISH_STOP, FINISH_LENGTH, FINISH_ABORT = "stop", "length", "abort"

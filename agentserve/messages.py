@@ -11,12 +11,26 @@ from agentserve.core import SamplingParams, TokenOutput
 
 
 class Generate(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """Run a request. `prompt` is int32 little-endian token ids; `namespace` separates caches (tenant, adapter)."""
+    """Run a request.
+
+    Attributes:
+        prompt: int32 little-endian token ids.
+        namespace: separates caches (tenant, adapter).
+        grammar: what the reply may be, an xgrammar structural tag as JSON; None leaves it free. The vocabulary must
+            have been sent before.
+    """
 
     request_id: str
     prompt: bytes
     params: SamplingParams
     namespace: str = ""
+    grammar: str | None = None
+
+
+class SetVocabulary(msgspec.Struct, frozen=True, tag=True):
+    """What grammars need to know of the tokenizer: xgrammar's serialized `TokenizerInfo`. Sent before the first one."""
+
+    info: str
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -110,7 +124,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     error: str
 
 
-ToEngine = Generate | Abort | UpdateWeights | FlushCache | GetStats | Shutdown
+ToEngine = Generate | SetVocabulary | Abort | UpdateWeights | FlushCache | GetStats | Shutdown
 FromEngine = Ready | Outputs | Reply | Failed
 
 _encoder = msgspec.msgpack.Encoder()
