@@ -7,6 +7,7 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -101,6 +102,38 @@ class State(enum.Enum):
     FINISHED = "finished"
 
 
+class Grammar(Protocol):
+    """What a reply may still be. Advanced by commit, and by nothing else."""
+
+    @property
+    def complete(self) -> bool:
+        """The reply has ended: no further token can follow."""
+        ...
+
+    def fill(self, mask: np.ndarray) -> None:
+        """Set `mask`, `[ceil(vocab / 32)]` int32, to the tokens that may come next: bit i % 32 of word i // 32."""
+        ...
+
+    def advance(self, token: int) -> None:
+        """Take a committed token."""
+        ...
+
+
+class Masks(Protocol):
+    """The token masks of a step; `samples` are the indices of the plan's samples that have one."""
+
+    @property
+    def samples(self) -> tuple[int, ...]: ...
+
+    def fill(self) -> None:
+        """Set them from their grammars' states. To be called once the step before has been committed."""
+        ...
+
+    def wait(self) -> np.ndarray:
+        """`[len(samples), ceil(vocab / 32)]` int32, once filled."""
+        ...
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Handle:
     """A locked prefix of `length` tokens in the cache; `node` is the cache's own business. Give it back once."""
@@ -123,6 +156,7 @@ class Request:
         pages: the pages of its context in order; those of the first `handle.length` tokens belong to the tree.
         handle: the locked tree prefix while running.
         table_ids, table_pages: how many ids and pages the device's tables already hold.
+        grammar: what the reply may still be, if it is under a grammar.
         order: arrival number; the youngest running request is retracted first.
         weight_version: the version at admission; its pages are cached under that version only.
     """
@@ -147,6 +181,7 @@ class Request:
     table_ids: int = 0
     table_pages: int = 0
     weight_version: int = 0
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         self.total_len = self.prompt_len
@@ -210,6 +245,7 @@ class StepPlan:
         id_writes: token ids to put into the token table before the forward: (row, start, ids).
         page_writes: pages to put into the page table before the forward: (row, start, pages).
         samples: tokens to sample, in order.
+        masks: of the samples under a grammar; filled after the step before was committed.
     """
 
     number: int
@@ -222,6 +258,7 @@ class StepPlan:
     id_writes: tuple[tuple[int, int, np.ndarray], ...]
     page_writes: tuple[tuple[int, int, np.ndarray], ...]
     samples: tuple[SampleRow, ...]
+    masks: Masks | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -234,7 +271,8 @@ class StepResult:
     """What a step sampled: lists as long as the plan's `samples`.
 
     `logprobs[i]` is the sampled token's logprob, or None if not asked for; `top[i]` the likeliest (id, logprob)
-    pairs. Logprobs are taken from the distribution before temperature and truncation, after penalties and bias.
+    pairs. Logprobs are taken from the distribution before temperature and truncation, after penalties, bias and mask;
+    `unmasked[i]` is the logprob of sample i's token before its mask, where it had one.
     """
 
     token_ids: list[int]
@@ -242,6 +280,7 @@ class StepResult:
     top: list[list[tuple[int, float]]]
     weight_version: int
     seconds: float
+    unmasked: dict[int, float] = field(default_factory=dict)
 
 
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True):

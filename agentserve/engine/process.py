@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
 from agentserve.config import EngineConfig
+from agentserve.control.grammar import GrammarCompiler
 from agentserve.core import FINISH_QUEUE_FULL, FINISH_REFUSED, TokenOutput
 from agentserve.engine.build import build_engine
 from agentserve.messages import (
@@ -29,6 +30,7 @@ from agentserve.messages import (
     Outputs,
     Ready,
     Reply,
+    SetVocabulary,
     Shutdown,
     ToEngine,
     UpdateWeights,
@@ -48,6 +50,7 @@ class EngineProcess:
         self.inbox = inbox
         self.outbox = outbox
         self.running = True
+        self._grammars: GrammarCompiler | None = None
         self._parent = os.getppid()
 
     def run(self) -> None:
@@ -80,6 +83,8 @@ class EngineProcess:
         match message:
             case Generate():
                 self._generate(message)
+            case SetVocabulary():
+                self._grammars = GrammarCompiler(message.info, self.scheduler.vocab_size)
             case Abort():
                 self.scheduler.abort(message.request_id)
             case UpdateWeights():
@@ -99,7 +104,13 @@ class EngineProcess:
     def _generate(self, message: Generate) -> None:
         prompt = np.frombuffer(message.prompt, np.int32)
         try:
-            self.scheduler.add(message.request_id, prompt, message.params, message.namespace)
+            grammar = None
+            if message.grammar is not None:
+                if self._grammars is None:
+                    raise ValueError("a grammar came before the vocabulary it needs")
+                stops = () if message.params.ignore_eos else tuple(self.scheduler.eos_ids)
+                grammar = self._grammars.grammar(message.grammar, stops)
+            self.scheduler.add(message.request_id, prompt, message.params, message.namespace, grammar)
         except (ValueError, QueueFull) as error:
             reason = FINISH_QUEUE_FULL if isinstance(error, QueueFull) else FINISH_REFUSED
             refused = TokenOutput(message.request_id, [], [], [], [], 0, reason, str(error))

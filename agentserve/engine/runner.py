@@ -117,12 +117,14 @@ class ModelRunner:
         if not plan.samples:
             return StepResult([], [], [], self.weight_version, time.perf_counter() - start)
         last = torch.tensor([sample.token for sample in plan.samples], device=self.device)
-        sampled = sampler.sample(self.model.logits(hidden[last]), plan.samples, self.token_table)
+        sampled = sampler.sample(self.model.logits(hidden[last]), plan.samples, self.token_table, plan.masks)
         rows = torch.tensor([sample.row for sample in plan.samples], device=self.device)
         columns = torch.tensor([sample.position for sample in plan.samples], device=self.device)
         self.token_table[rows, columns] = sampled.token_ids
         seconds = time.perf_counter() - start
-        return StepResult(sampled.token_ids.tolist(), sampled.logprobs, sampled.top, self.weight_version, seconds)
+        return StepResult(
+            sampled.token_ids.tolist(), sampled.logprobs, sampled.top, self.weight_version, seconds, sampled.unmasked
+        )
 
     def _copy_weights(self, version: int, tensors: Mapping[str, torch.Tensor]) -> None:
         load_weights(self.model, tensors.items(), partial=True)

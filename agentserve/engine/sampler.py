@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from agentserve.core import SampleRow
+from agentserve.control import mask
+from agentserve.core import Masks, SampleRow
 
 
 class Sampled(NamedTuple):
@@ -18,15 +19,19 @@ class Sampled(NamedTuple):
     token_ids: torch.Tensor
     logprobs: list[float | None]
     top: list[list[tuple[int, float]]]
+    unmasked: dict[int, float]
 
 
-def sample(logits: torch.Tensor, rows: tuple[SampleRow, ...], token_table: torch.Tensor) -> Sampled:
+def sample(
+    logits: torch.Tensor, rows: tuple[SampleRow, ...], token_table: torch.Tensor, masks: Masks | None = None
+) -> Sampled:
     """Sample one token a row.
 
     Args:
         logits: `[S, V]` float32; changed in place.
         rows: how each row samples, S of them.
         token_table: `[table rows, max_len]`; the ids before `row.position` are read for penalties.
+        masks: of the rows under a grammar; waited for only here, after all that does not need them.
     """
     for i, row in enumerate(rows):
         if row.params.penalized:
@@ -36,13 +41,25 @@ def sample(logits: torch.Tensor, rows: tuple[SampleRow, ...], token_table: torch
             logits[i, ids] += torch.tensor(list(row.params.logit_bias.values()), device=logits.device)
         if row.ban:
             logits[i, list(row.ban)] = float("-inf")
+    before = _mask(logits, rows, masks) if masks is not None else {}
     token_ids = logits.argmax(-1)
     drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0]
     if drawn:
         index = torch.tensor(drawn, device=logits.device)
         token_ids[index] = _draw(logits[index], [rows[i] for i in drawn])
     logprobs, top = _logprobs(logits, rows, token_ids)
-    return Sampled(token_ids, logprobs, top)
+    unmasked = {i: float(table[token_ids[i]]) for i, table in before.items()}
+    return Sampled(token_ids, logprobs, top, unmasked)
+
+
+def _mask(logits: torch.Tensor, rows: tuple[SampleRow, ...], masks: Masks) -> dict[int, torch.Tensor]:
+    # apply the masks in place; the log-probabilities as they were, of the rows that want logprobs
+    before = {i: logits[i].log_softmax(-1) for i in masks.samples if rows[i].params.logprobs is not None}
+    index = torch.tensor(masks.samples, device=logits.device)
+    masked = logits[index]
+    mask.apply(masked, masks.wait())
+    logits[index] = masked
+    return before
 
 
 def _penalize(logits: torch.Tensor, row: SampleRow, token_table: torch.Tensor) -> None:

@@ -48,25 +48,26 @@ class Committer:
         self.queue.complete(plan.number)
         self._share_prompts(plan)
         outputs = []
-        for sample, token, logprob, top in zip(
-            plan.samples, result.token_ids, result.logprobs, result.top, strict=True
-        ):
+        for index, (sample, token) in enumerate(zip(plan.samples, result.token_ids, strict=True)):
             request = sample.request
             request.in_flight -= 1
             if request.state is State.FINISHED or request.aborted:
                 continue  # overlap planned this row before the end was known; its page has retired
             request.append(token)
+            if request.grammar is not None:
+                request.grammar.advance(token)
             finish = self._finish_reason(request, token)
-            wants = request.params.logprobs is not None
+            wants, logprob = request.params.logprobs is not None, result.logprobs[index]
             outputs.append(
                 TokenOutput(
                     request_id=request.id,
                     token_ids=[token],
                     logprobs=[logprob] if wants and logprob is not None else [],
-                    top_logprobs=[top] if wants else [],
+                    top_logprobs=[result.top[index]] if wants else [],
                     weight_versions=[result.weight_version],
                     cached_tokens=max(request.cached_len, 0),
                     finish_reason=finish,
+                    unmasked_logprobs=[result.unmasked[index]] if index in result.unmasked else [],
                 )
             )
             self.counters.generated_tokens += 1
@@ -109,6 +110,6 @@ class Committer:
 
     @staticmethod
     def _finish_reason(request: Request, token: int) -> str | None:
-        if token in request.stop_ids:
+        if token in request.stop_ids or (request.grammar is not None and request.grammar.complete):
             return FINISH_STOP
         return FINISH_LENGTH if request.output_len >= request.params.max_tokens else None

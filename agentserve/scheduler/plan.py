@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from agentserve.control.mask import StepMasks
 from agentserve.core import Request, SampleRow, StepPlan
 
 _MASK = (1 << 64) - 1
@@ -65,7 +66,7 @@ class PlanBuilder:
             )
             request.in_flight += 1
 
-    def build(self, number: int) -> StepPlan:
+    def build(self, number: int, vocab_size: int) -> StepPlan:
         """The step, with the table writes its rows need first."""
         lengths, starts = np.array(self.lengths), np.array(self.starts)
         rows = np.array([request.row for request in self.requests])
@@ -95,7 +96,14 @@ class PlanBuilder:
             id_writes=tuple(id_writes),
             page_writes=tuple(page_writes),
             samples=tuple(self.samples),
+            masks=self._masks(vocab_size),
         )
+
+    def _masks(self, vocab_size: int) -> StepMasks | None:
+        masked = tuple(i for i, sample in enumerate(self.samples) if sample.request.grammar is not None)
+        if not masked:
+            return None
+        return StepMasks(masked, tuple(self.samples[i].request for i in masked), vocab_size)
 
     def _slots(self, pages: list[int], start: int, count: int) -> np.ndarray:
         size = self.page_size

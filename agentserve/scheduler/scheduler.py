@@ -8,16 +8,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, Protocol
 
 import numpy as np
 
 from agentserve.cache.manager import CacheManager
-from agentserve.core import MAX_SEED, Request, SamplingParams, StepPlan, StepResult, TokenOutput
+from agentserve.core import (
+    FINISH_REFUSED,
+    MAX_SEED,
+    Grammar,
+    Request,
+    SamplingParams,
+    StepPlan,
+    StepResult,
+    TokenOutput,
+)
 from agentserve.messages import Stats
 from agentserve.scheduler.commit import Committer
 from agentserve.scheduler.plan import PlanBuilder, mix
 from agentserve.scheduler.policy import Queue
+
+IDLE_S = 0.002
 
 
 class QueueFull(RuntimeError):
@@ -79,6 +91,7 @@ class Scheduler:
         self.queue = Queue(max_running)
         self.committer = Committer(self.queue, self.manager)
         self.requests: dict[str, Request] = {}
+        self._compiling: dict[str, tuple[Request, Future[Grammar]]] = {}
         self._seed = seed
         self._arrivals = 0
         self._steps = 0
@@ -86,19 +99,28 @@ class Scheduler:
         self._in_flight: tuple[StepPlan, StepHandle] | None = None
         self._step_seconds = self._wait_seconds = 0.0
 
-    def add(self, request_id: str, prompt: np.ndarray, params: SamplingParams, namespace: str = "") -> None:
+    def add(
+        self,
+        request_id: str,
+        prompt: np.ndarray,
+        params: SamplingParams,
+        namespace: str = "",
+        grammar: Future[Grammar] | None = None,
+    ) -> None:
         """Queue a request.
 
         Args:
             prompt: `[n]` int32 token ids, n ≥ 1.
+            grammar: holds the reply to it; the request takes its place in the queue once this is done. If it fails, the
+                request is refused with the exception's text.
 
         Raises:
             ValueError: an empty or too long prompt, ids outside the vocabulary, an id in use.
             QueueFull: `max_waiting` requests wait already.
         """
         self.validate(request_id, prompt, params)
-        if len(self.queue.waiting) >= self.max_waiting:
-            raise QueueFull(f"{len(self.queue.waiting)} requests are waiting, max_waiting is {self.max_waiting}")
+        if (waiting := len(self.queue.waiting) + len(self._compiling)) >= self.max_waiting:
+            raise QueueFull(f"{waiting} requests are waiting, max_waiting is {self.max_waiting}")
         stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_ids)
         self._arrivals += 1
         seed = params.seed if params.seed is not None else mix(self._seed * 1_000_003 + self._arrivals) & MAX_SEED
@@ -115,7 +137,10 @@ class Scheduler:
             order=self._arrivals,
         )
         self.requests[request_id] = request
-        self.queue.enqueue(request)
+        if grammar is None:
+            self.queue.enqueue(request)
+        else:
+            self._compiling[request_id] = (request, grammar)
 
     def abort(self, request_id: str) -> None:
         """Mark a request; the next step ends it. Unknown and ended ids are ignored."""
@@ -129,10 +154,14 @@ class Scheduler:
 
     def step(self) -> list[TokenOutput]:
         """One turn of the loop; what became visible."""
-        outputs = self.committer.sweep_aborted()
+        outputs = self._take_grammars() + self.committer.sweep_aborted()
         if self.overlap:
             launched = self._launch()
-            outputs += self._commit_in_flight()
+            try:
+                outputs += self._commit_in_flight()
+            finally:
+                if launched is not None and launched[0].masks is not None:
+                    launched[0].masks.fill()  # its sampler is waiting for what was just committed
             self._in_flight = launched
         else:
             self._in_flight = self._launch()
@@ -168,7 +197,7 @@ class Scheduler:
         rows = [request.row for request in self.queue.running]
         rows += self.queue.free_rows + [row for _, row in self.queue.retiring_rows]
         assert sorted(rows) == list(range(len(rows))), "a table row has two owners or none"
-        live = {request.id for request in (*self.queue.running, *self.queue.waiting)}
+        live = {request.id for request in (*self.queue.running, *self.queue.waiting)} | set(self._compiling)
         assert live == set(self.requests), "a request is neither waiting nor running"
 
     def stats(self) -> Stats:
@@ -180,7 +209,7 @@ class Scheduler:
             pages_cached=manager.tree.pages,
             pages_held=manager.held,
             pages_retiring=manager.pool.retiring,
-            waiting=len(self.queue.waiting),
+            waiting=len(self.queue.waiting) + len(self._compiling),
             running=len(self.queue.running),
             steps=self._steps,
             prompt_tokens=counters.prompt_tokens,
@@ -196,12 +225,33 @@ class Scheduler:
             overlap_wait_seconds=self._wait_seconds,
         )
 
+    def _take_grammars(self) -> list[TokenOutput]:
+        if not self._compiling:
+            return []
+        if len(self._compiling) == len(self.requests) and self._in_flight is None:
+            # nothing else to do: a short sleep instead of a busy loop
+            wait([grammar for _, grammar in self._compiling.values()], IDLE_S, FIRST_COMPLETED)
+        refused = []
+        for request, grammar in list(self._compiling.values()):
+            if not grammar.done() and not request.aborted:
+                continue
+            del self._compiling[request.id]
+            error = grammar.exception() if grammar.done() else None
+            if error is None:
+                request.grammar = grammar.result() if grammar.done() else None
+                self.queue.enqueue(request)  # an aborted one too: the sweep ends it
+            else:
+                refused.append(TokenOutput(request.id, [], [], [], [], 0, FINISH_REFUSED, str(error)))
+        return refused
+
     def _launch(self) -> tuple[StepPlan, StepHandle] | None:
         plan = self._plan()
         if plan is None:
             return None
         self._steps = self.manager.last_launched = plan.number
         self._computed_tokens += plan.num_tokens
+        if plan.masks is not None and not self.overlap:
+            plan.masks.fill()
         return plan, self.runner.launch(plan)
 
     def _commit_in_flight(self) -> list[TokenOutput]:
@@ -225,7 +275,7 @@ class Scheduler:
         builder = PlanBuilder(self.manager.page_size)
         self._plan_decodes(builder)
         self._plan_prefills(builder)
-        return builder.build(self._steps + 1) if builder.requests else None
+        return builder.build(self._steps + 1, self.vocab_size) if builder.requests else None
 
     def _plan_decodes(self, builder: PlanBuilder) -> None:
         # one row each for everyone whose only unknown is the next token, oldest first, so that whoever has to give up

@@ -20,8 +20,37 @@ POISON = -1
 
 
 def next_token(context: np.ndarray, noise: float, vocab_size: int) -> int:
-    """The fake model's choice after `context` (`[n]` ids), with a row's noise (0.0 when greedy)."""
+    """The fake model's choice among `vocab_size` after `context` (`[n]` ids), with a row's noise (0.0 when greedy)."""
     return zlib.crc32(struct.pack("<d", noise), zlib.crc32(context.astype(np.int32).tobytes())) % vocab_size
+
+
+class EveryNth:
+    """A grammar for tests: the reply's token number i is one whose id leaves the remainder i modulo `modulus`."""
+
+    def __init__(self, modulus: int, vocab_size: int):
+        self.modulus = modulus
+        self.vocab_size = vocab_size
+        self.taken = 0
+
+    @property
+    def complete(self) -> bool:
+        """Never: these replies end by length."""
+        return False
+
+    def allowed(self) -> np.ndarray:
+        """The ids that may come next."""
+        return np.arange(self.taken % self.modulus, self.vocab_size, self.modulus)
+
+    def fill(self, mask: np.ndarray) -> None:
+        """As `core.Grammar`."""
+        bits = np.zeros(len(mask) * 32, np.uint8)
+        bits[self.allowed()] = 1
+        mask[:] = np.packbits(bits, bitorder="little").view(np.int32)
+
+    def advance(self, token: int) -> None:
+        """As `core.Grammar`; a token that was not allowed is an AssertionError."""
+        assert token in self.allowed(), f"token {token} was sampled against the mask"
+        self.taken += 1
 
 
 def oracle(
@@ -32,13 +61,17 @@ def oracle(
     seed: int = 0,
     greedy: bool = True,
     stop_ids: tuple[int, ...] = (),
+    grammar: EveryNth | None = None,
 ) -> list[int]:
     """What a correct engine says after `prompt`: `count` tokens, or up to and with the first stop id."""
     context = np.empty(len(prompt) + count, np.int32)
     context[: len(prompt)] = prompt
     for at in range(len(prompt), len(context)):
-        token = next_token(context[:at], 0.0 if greedy else uniform(seed, at), vocab_size)
+        allowed = grammar.allowed() if grammar is not None else np.arange(vocab_size)
+        token = int(allowed[next_token(context[:at], 0.0 if greedy else uniform(seed, at), len(allowed))])
         context[at] = token
+        if grammar is not None:
+            grammar.advance(token)
         if token in stop_ids:
             return context[len(prompt) : at + 1].tolist()
     return context[len(prompt) :].tolist()
@@ -108,10 +141,15 @@ class FakeRunner:
         self.slots[plan.write_slots] = ids
         self.slot_versions[plan.write_slots] = self.weight_version
         tokens = []
-        for sample in plan.samples:
+        masks = dict(zip(plan.masks.samples, plan.masks.wait(), strict=True)) if plan.masks is not None else {}
+        for index, sample in enumerate(plan.samples):
             context, versions = self._read(sample.row, sample.position)
             assert (versions >= sample.request.weight_version).all(), "keys and values of older weights were matched"
-            token = next_token(context, sample.uniform, self.vocab_size)
+            allowed = np.arange(self.vocab_size)
+            if index in masks:
+                bits = np.unpackbits(masks[index].view(np.uint8), bitorder="little")[: self.vocab_size]
+                allowed = np.flatnonzero(bits)
+            token = int(allowed[next_token(context, sample.uniform, len(allowed))])
             self.token_table[sample.row, sample.position] = token
             tokens.append(token)
         return StepResult(tokens, [None] * len(tokens), [[] for _ in tokens], self.weight_version, 0.0)

@@ -1,17 +1,18 @@
-"""Random arrivals, aborts, flushes and weight updates against a scheduler on the fake model.
+"""Random arrivals, grammars, aborts, flushes and weight updates against a scheduler on the fake model.
 
 After every step the accounts must balance, and every reply must be what the oracle says. A seed repeats a run.
 """
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from agentserve.core import MAX_SEED, SamplingParams, TokenOutput
+from agentserve.core import MAX_SEED, Grammar, SamplingParams, TokenOutput
 from agentserve.scheduler import QueueFull, Scheduler
-from agentserve.testing.fake_model import FakeRunner, oracle
+from agentserve.testing.fake_model import EveryNth, FakeRunner, oracle
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,14 @@ class FuzzConfig:
     abort: float = 0.08
     flush: float = 0.01
     update: float = 0.005
+    grammar: float = 0.25
 
 
 @dataclass
 class _Expected:
     prompt: list[int]
     params: SamplingParams
+    modulus: int = 0
     tokens: list[int] = field(default_factory=list)
     aborted: bool = False
 
@@ -74,6 +77,7 @@ class Fuzz:
         self.prefixes = [self._ids(int(n)) for n in self.rng.integers(1, config.max_len // 2, 6)]
         self.expected: dict[str, _Expected] = {}
         self.ended: list[str] = []
+        self.compiling: list[tuple[Future[Grammar], int]] = []
         self.arrivals = 0
 
     def step(self) -> None:
@@ -101,6 +105,10 @@ class Fuzz:
         assert stats.pages_free + stats.pages_cached == stats.pages_total, "pages leaked"
 
     def _step(self) -> None:
+        # grammars take a while to compile, some longer than others
+        while self.compiling and (self.rng.random() < 0.5 or not self.scheduler.queue.waiting):
+            grammar, modulus = self.compiling.pop(int(self.rng.integers(len(self.compiling))))
+            grammar.set_result(EveryNth(modulus, self.config.vocab_size))
         for output in self.scheduler.step():
             self._take(output)
         self.scheduler.check()
@@ -118,12 +126,16 @@ class Fuzz:
             seed=int(self.rng.integers(MAX_SEED)),
             ignore_eos=bool(self.rng.random() < 0.5),
         )
+        modulus = int(self.rng.integers(2, 5)) if self.rng.random() < self.config.grammar else 0
+        grammar: Future[Grammar] | None = Future() if modulus else None
         try:
-            self.scheduler.add(name, np.array(prompt, np.int32), params)
+            self.scheduler.add(name, np.array(prompt, np.int32), params, grammar=grammar)
         except QueueFull:
             self.refused += 1
         else:
-            self.expected[name] = _Expected(prompt, params)
+            self.expected[name] = _Expected(prompt, params, modulus)
+            if grammar is not None:
+                self.compiling.append((grammar, modulus))
 
     def _abort(self) -> None:
         choice = self.rng.random()
@@ -154,6 +166,7 @@ class Fuzz:
             seed=params.seed or 0,
             greedy=params.temperature == 0,
             stop_ids=() if params.ignore_eos else (0,),
+            grammar=EveryNth(expected.modulus, self.config.vocab_size) if expected.modulus else None,
         )
         if output.finish_reason == "abort":
             assert expected.aborted, f"{output.request_id} was aborted by nobody"

@@ -6,6 +6,7 @@ from agentserve.cache.manager import CacheManager
 from agentserve.cache.pool import PagePool
 from agentserve.cache.radix import RadixCache
 from agentserve.scheduler.commit import Committer
+from agentserve.scheduler.plan import PlanBuilder
 from agentserve.testing import Fuzz, FuzzConfig
 
 CONFIGS = {
@@ -70,6 +71,13 @@ def broken_split(self, node, length, split=RadixCache._split):
     return upper
 
 
+def broken_masks(self, vocab_size, masks=PlanBuilder._masks):
+    made = masks(self, vocab_size)
+    if made is not None:
+        made.fill()  # before the last step was committed
+    return made
+
+
 @pytest.mark.parametrize(
     ("owner", "name", "replacement"),
     [
@@ -79,8 +87,17 @@ def broken_split(self, node, length, split=RadixCache._split):
         (CacheManager, "share", broken_share),
         (CacheManager, "_namespace", staticmethod(broken_namespace)),
         (Committer, "_finish_reason", broken_finish),
+        (PlanBuilder, "_masks", broken_masks),
     ],
-    ids=["freed-too-early", "never-unlocked", "split-loses-locks", "shared-too-early", "stale-weights", "missed-stop"],
+    ids=[
+        "freed-too-early",
+        "never-unlocked",
+        "split-loses-locks",
+        "shared-too-early",
+        "stale-weights",
+        "missed-stop",
+        "stale-mask",
+    ],
 )
 def test_the_harness_notices_planted_bugs(owner, name, replacement, monkeypatch):
     monkeypatch.setattr(owner, name, replacement)

@@ -1,0 +1,53 @@
+"""Token masks of one step: packed bits, filled while the forward runs, applied before the sampler draws."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import torch
+
+from agentserve.core import Request, State
+
+
+class StepMasks:
+    """The masks of a step's samples that are under a grammar.
+
+    The plan is launched before the last step is committed, and a mask needs the last step's token: so the scheduler
+    fills the masks after its commit, and the runner waits for them after its forward.
+
+    Args:
+        samples: indices into the plan's samples.
+        requests: whose samples they are; each has a grammar.
+    """
+
+    def __init__(self, samples: tuple[int, ...], requests: tuple[Request, ...], vocab_size: int):
+        self.samples = samples
+        self._requests = requests
+        self._bits = np.full((len(samples), -(-vocab_size // 32)), -1, np.int32)
+        self._filled = threading.Event()
+
+    def fill(self) -> None:
+        """Set every mask from its grammar's state, and let the runner go on; does nothing the second time."""
+        if self._filled.is_set():
+            return
+        try:
+            for bits, request in zip(self._bits, self._requests, strict=True):
+                # the row of a request that has ended meanwhile is sampled for nobody, and stays free
+                if request.grammar is not None and request.state is not State.FINISHED and not request.grammar.complete:
+                    request.grammar.fill(bits)
+        finally:
+            self._filled.set()
+
+    def wait(self) -> np.ndarray:
+        """`[len(samples), ceil(vocab / 32)]` int32, once filled."""
+        self._filled.wait()
+        return self._bits
+
+
+def apply(logits: torch.Tensor, bits: np.ndarray) -> None:
+    """Set the logits `[N, V]` whose bit is 0 to minus infinity, in place."""
+    words = torch.from_numpy(bits.view(np.uint8)).to(logits.device)
+    shifts = torch.arange(8, dtype=torch.uint8, device=logits.device)
+    allowed = ((words[..., None] >> shifts) & 1).flatten(1)[:, : logits.shape[1]]
+    logits.masked_fill_(allowed == 0, float("-inf"))
