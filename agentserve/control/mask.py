@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -45,9 +46,14 @@ class StepMasks:
         return self._bits
 
 
-def apply(logits: torch.Tensor, bits: np.ndarray) -> None:
-    """Set the logits `[N, V]` whose bit is 0 to minus infinity, in place."""
-    words = torch.from_numpy(bits.view(np.uint8)).to(logits.device)
-    shifts = torch.arange(8, dtype=torch.uint8, device=logits.device)
-    allowed = ((words[..., None] >> shifts) & 1).flatten(1)[:, : logits.shape[1]]
-    logits.masked_fill_(allowed == 0, float("-inf"))
+def apply(logits: torch.Tensor, bits: np.ndarray, rows: Sequence[int]) -> None:
+    """Set the logits `[S, V]` float32 whose bit is 0 to minus infinity, in place; `bits[i]` is row `rows[i]`'s mask."""
+    import xgrammar  # only an engine that serves grammars pays for its import
+
+    words = torch.from_numpy(bits).to(logits.device)
+    if len(rows) < logits.shape[0]:
+        # its kernel takes one mask a row of the logits, and reads those at `indices`
+        every = torch.full((logits.shape[0], words.shape[1]), -1, dtype=torch.int32, device=logits.device)
+        every[list(rows)] = words
+        words = every
+    xgrammar.apply_token_bitmask_inplace(logits, words, indices=list(rows))

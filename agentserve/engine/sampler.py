@@ -53,13 +53,11 @@ def sample(
 
 
 def _mask(logits: torch.Tensor, rows: tuple[SampleRow, ...], masks: Masks) -> dict[int, torch.Tensor]:
-    # apply the masks in place; the log-probabilities as they were, of the rows that want logprobs
-    before = {i: logits[i].log_softmax(-1) for i in masks.samples if rows[i].params.logprobs is not None}
-    index = torch.tensor(masks.samples, device=logits.device)
-    masked = logits[index]
-    mask.apply(masked, masks.wait())
-    logits[index] = masked
-    return before
+    # apply the masks in place; the log-probabilities as they were, of the masked rows that want logprobs
+    wanted = [i for i in masks.samples if rows[i].params.logprobs is not None]
+    before = logits[wanted].log_softmax(-1) if wanted else logits[:0]
+    mask.apply(logits, masks.wait(), masks.samples)
+    return dict(zip(wanted, before, strict=True))
 
 
 def _penalize(logits: torch.Tensor, row: SampleRow, token_table: torch.Tensor) -> None:

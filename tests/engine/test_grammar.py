@@ -122,14 +122,16 @@ def test_a_vocabulary_of_another_size_is_refused(info):
 
 
 @settings(max_examples=60, deadline=None)
-@given(vocab=st.integers(1, 130), rows=st.integers(1, 4), seed=st.integers(0, 2**31))
-def test_masks_do_what_their_bits_say(vocab, rows, seed):
+@given(vocab=st.integers(1, 130), rows=st.integers(1, 5), masked=st.integers(1, 5), seed=st.integers(0, 2**31))
+def test_masks_do_what_their_bits_say_and_leave_other_rows_alone(vocab, rows, masked, seed):
     rng = np.random.default_rng(seed)
-    allowed = rng.random((rows, -(-vocab // 32) * 32)) < 0.5
+    index = sorted(rng.permutation(rows)[:masked].tolist())
+    allowed = rng.random((len(index), -(-vocab // 32) * 32)) < 0.5
     bits = np.packbits(allowed, axis=1, bitorder="little").view(np.int32)
     logits = torch.randn(rows, vocab)
-    want = logits.masked_fill(torch.from_numpy(~allowed[:, :vocab]), float("-inf"))
-    mask.apply(logits, bits)
+    want = logits.clone()
+    want[index] = want[index].masked_fill(torch.from_numpy(~allowed[:, :vocab]), float("-inf"))
+    mask.apply(logits, bits, index)
     assert torch.equal(logits, want)
 
 
