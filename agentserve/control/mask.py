@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -48,12 +49,19 @@ class StepMasks:
 
 def apply(logits: torch.Tensor, bits: np.ndarray, rows: Sequence[int]) -> None:
     """Set the logits `[S, V]` float32 whose bit is 0 to minus infinity, in place; `bits[i]` is row `rows[i]`'s mask."""
-    import xgrammar  # only an engine that serves grammars pays for its import
+    # a table from each byte to its eight addends: several times as fast as filling by a boolean mask
+    octets = torch.from_numpy(bits.view(np.uint8)).to(logits.device)
+    addends = _addends(logits.device).index_select(0, octets.flatten().int()).view(len(bits), -1)
+    addends = addends[:, : logits.shape[1]]
+    if len(rows) == len(logits):
+        logits += addends
+    else:
+        logits.index_add_(0, torch.tensor(rows, device=logits.device), addends)
 
-    words = torch.from_numpy(bits).to(logits.device)
-    if len(rows) < logits.shape[0]:
-        # its kernel takes one mask a row of the logits, and reads those at `indices`
-        every = torch.full((logits.shape[0], words.shape[1]), -1, dtype=torch.int32, device=logits.device)
-        every[list(rows)] = words
-        words = every
-    xgrammar.apply_token_bitmask_inplace(logits, words, indices=list(rows))
+
+@lru_cache(maxsize=8)
+def _addends(device: torch.device) -> torch.Tensor:
+    # [256, 8] float32: 0 where the byte's bit is set, minus infinity where it is not
+    octets = torch.arange(256, dtype=torch.uint8)[:, None]
+    allowed = (octets >> torch.arange(8, dtype=torch.uint8)) & 1
+    return torch.zeros(256, 8).masked_fill(allowed == 0, float("-inf")).to(device)
