@@ -15,7 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from agentserve.config import EngineConfig, ServerConfig
-from agentserve.server import errors, openai, sessions, weights
+from agentserve.server import branches, errors, openai, sessions, weights
 from agentserve.server.engine_client import EngineClient, EngineDead
 from agentserve.server.generation import Serving
 from agentserve.server.metrics import Metrics
@@ -71,7 +71,7 @@ def create_app(
 
     app = FastAPI(title="agentserve", lifespan=lifespan, openapi_url=None)
     app.state.serving = parts
-    for module in (openai, sessions, weights):
+    for module in (openai, sessions, branches, weights):
         app.include_router(module.router)
     errors.install(app)
     return app

@@ -51,6 +51,21 @@ class Serving:
     renderer: DeltaRenderer
     store: SessionStore
     metrics: Metrics
+    flushes: int = 0  # how often the cache was flushed
+
+    @property
+    def page_size(self) -> int:
+        """Tokens a page of the engine's cache."""
+        if self.engine.ready is None:
+            raise EngineDead(self.engine.death or "the engine is not ready")
+        return self.engine.ready.page_size
+
+    @property
+    def weight_version(self) -> int:
+        """The version that samples now, as of the engine's last message."""
+        if self.engine.ready is None:
+            raise EngineDead(self.engine.death or "the engine is not ready")
+        return self.engine.ready.weight_version if self.engine.latest is None else self.engine.latest.weight_version
 
     @property
     def vocab_size(self) -> int:

@@ -5,13 +5,14 @@ Labels are few and bounded: never a session, a request or a user.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from agentserve.messages import Stats
+from agentserve.session.misses import REASONS
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _FIRST = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
@@ -79,9 +80,22 @@ class Metrics:
             ["finished_reason"],
             registry=self.registry,
         )
+        self._missed = Counter(
+            "agentserve:prompt_tokens_missed",
+            "Prompt tokens of sessions' turns that had to be computed, by reason.",
+            ["reason"],
+            registry=self.registry,
+        )
+        for reason in REASONS:
+            self._missed.labels(reason)
         self.first_token = self._histogram("time_to_first_token_seconds", "From a request to its first token.", _FIRST)
         self.between = self._histogram("inter_token_latency_seconds", "Between two outputs of a request.", _BETWEEN)
         self.whole = self._histogram("e2e_request_latency_seconds", "From a request to its end.", _WHOLE)
+
+    def miss(self, tokens: Mapping[str, int]) -> None:
+        """Count a turn's computed prompt tokens by reason."""
+        for reason, count in tokens.items():
+            self._missed.labels(reason).inc(count)
 
     def expose(self) -> bytes:
         """The text that Prometheus scrapes."""

@@ -310,6 +310,19 @@ class SessionBody(Body):
     metadata: dict[str, str] | None = None
 
 
+class ForkBody(Body):
+    """`POST /v1/sessions/{id}/fork`. `at_turn` counts the turns to keep."""
+
+    count: int = Field(default=1, ge=1)
+    at_turn: int | None = Field(default=None, ge=0)
+
+
+class RewindBody(Body):
+    """`POST /v1/sessions/{id}/rewind`. `to_turn` counts the turns to keep."""
+
+    to_turn: int = Field(ge=0)
+
+
 class TurnBody(SamplingBody):
     """`POST /v1/sessions/{id}/turns`."""
 

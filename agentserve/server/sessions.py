@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack, aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,11 @@ from agentserve.session.report import TurnReport
 from agentserve.session.store import Session, SessionGone
 
 router = APIRouter(prefix="/v1/sessions")
+
+ORDERS: dict[str, Callable[[Session], float]] = {
+    "recent": lambda session: session.last_used,
+    "missed": lambda session: session.totals.missed,
+}
 
 
 @router.post("")
@@ -54,16 +59,24 @@ async def open_session(request: Request) -> Response:
 
 @router.get("")
 async def list_sessions(request: Request) -> Response:
-    """The open sessions, with totals over their turns."""
+    """The open sessions, with totals over the turns they took; `?sort=recent` or `?sort=missed` orders them."""
+    for name, value in request.query_params.items():
+        if name != "sort" or value not in ORDERS:
+            raise BadRequest(f"the query may hold sort=recent or sort=missed, got {name}={value}", name)
+    sessions = serving(request).store.sessions()
+    if (order := request.query_params.get("sort")) is not None:
+        sessions.sort(key=ORDERS[order], reverse=True)
     data = [
         {
             "id": session.id,
             "status": session.status,
             "turns": len(session.turns),
-            "prompt_tokens": sum(turn.prompt for turn in session.turns),
-            "cached_tokens": sum(turn.cached for turn in session.turns),
+            "last_used": session.last_used,
+            "prompt_tokens": session.totals.prompt,
+            "cached_tokens": session.totals.cached,
+            "missed_tokens": session.totals.missed,
         }
-        for session in serving(request).store.sessions()
+        for session in sessions
     ]
     return json_response({"data": data})
 
@@ -84,6 +97,7 @@ async def show_session(request: Request, session_id: str) -> Response:
         "created": session.created,
         "last_used": session.last_used,
         "metadata": session.metadata,
+        "parent": session.parent,
         "turns": [turn.entry() for turn in session.turns],
         "segments": [{"role": s.role, "start": s.start, "end": s.end, "loss": s.loss} for s in log.segments],
     }
@@ -170,7 +184,7 @@ def _begin(parts: Serving, session: Session, body: TurnBody, pieces: list[Piece]
     # always with logprobs: the log keeps that of every sampled token
     params = body.sampling_params(room, body.top_logprobs or 0, parts.vocab_size)
     generation = Generation(parts, prompt, params, tools=bool(session.tools), started=started)
-    return Turn(session, body, pieces, fresh, generation)
+    return Turn(session, body, pieces, fresh, generation, parts.weight_version)
 
 
 @dataclass(eq=False)
@@ -182,7 +196,7 @@ class Turn:
     pieces: list[Piece]
     fresh: list[int]
     generation: Generation
-    result: dict[str, Any] = field(default_factory=dict)
+    weight_version: int
 
     async def events(self) -> AsyncGenerator[Any, None]:
         """The turn as a stream: deltas, then the whole of it."""
@@ -197,24 +211,36 @@ class Turn:
         session, generation = self.session, self.generation
         if session.gone is not None:
             raise SessionGone(f"session {session.id} {session.gone}")
+        parts, versions = generation.parts, generation.weight_versions
+        ideal, miss = session.computed.explain(
+            prompt=len(generation.prompt),
+            fresh=self.fresh,
+            cached=generation.cached_tokens,
+            page_size=parts.page_size,
+            versions={self.weight_version, *versions[:1]},
+            flushes=parts.flushes,
+        )
         for piece in self.pieces:
             session.log.append(piece)
         session.log.append_sampled(generation.token_ids, generation.logprobs, generation.weight_versions)
         content, calls = parse_reply(generation.text) if session.tools else (generation.text, [])
         reason = generation.finish_reason or "stop"
-        versions = generation.weight_versions
         report = TurnReport(
             turn=len(session.turns),
             prompt=len(generation.prompt),
             cached=generation.cached_tokens,
             completion=len(generation.token_ids),
+            ideal=ideal,
+            miss=miss,
             ttft_ms=round(generation.first_s * 1e3, 3),
             total_ms=round(generation.total_s * 1e3, 3),
             finish_reason="tool_calls" if calls and reason == "stop" else reason,
             weight_versions=(min(versions), max(versions)) if versions else (),
         )
         session.turns.append(report)
-        session.pending = []
+        session.totals.add(report)
+        session.computed.took(report.prompt, report.completion, {self.weight_version, *versions}, parts.flushes)
+        parts.metrics.miss(miss)
         message: dict[str, Any] = {"role": "assistant", "content": content or (None if calls else "")}
         if calls:
             message["tool_calls"] = [call.to_openai() for call in calls]

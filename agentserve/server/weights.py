@@ -49,6 +49,7 @@ async def flush_cache(request: Request) -> Response:
     """Forget every cached prefix that no running request holds."""
     parts = serving(request)
     await _in_time(parts, parts.engine.flush_cache())
+    parts.flushes += 1
     return json_response({"flushed": True})
 
 
@@ -66,8 +67,7 @@ async def health(request: Request) -> Response:
     engine = parts.engine
     if not engine.alive or engine.ready is None:
         return json_response({"status": "unhealthy", "reason": engine.death or "the engine is not ready"}, 503)
-    version = engine.ready.weight_version if engine.latest is None else engine.latest.weight_version
-    return json_response({"status": "ok", "model": parts.model_name, "weight_version": version})
+    return json_response({"status": "ok", "model": parts.model_name, "weight_version": parts.weight_version})
 
 
 @router.get("/metrics")

@@ -1,4 +1,4 @@
-"""The token log of a session: ids that only ever grow, in segments with a role and a loss flag.
+"""The token log of a session: ids that only grow, or are cut back, in segments with a role and a loss flag.
 
 Sampled tokens carry their logprob and the weight version that sampled them. Text and templates are not known
 here.
@@ -75,6 +75,23 @@ class TokenLog:
             self._logprobs.append((len(self._ids), array("f", logprobs)))
             self._versions.append((len(self._ids), array("i", versions)))
         self._extend(role, ids, loss=True)
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` tokens only."""
+        del self._ids[length:]
+        self.segments = [
+            Segment(s.role, s.start, min(s.end, length), s.loss) for s in self.segments if s.start < length
+        ]
+        self._logprobs = [(start, run[: length - start]) for start, run in self._logprobs if start < length]
+        self._versions = [(start, run[: length - start]) for start, run in self._versions if start < length]
+
+    def copy(self, length: int) -> TokenLog:
+        """A log of its own that holds the first `length` tokens."""
+        log = TokenLog()
+        log.segments, log._ids = list(self.segments), self._ids[:length]
+        log._logprobs, log._versions = list(self._logprobs), list(self._versions)
+        log.truncate(length)
+        return log
 
     def loss_mask(self) -> np.ndarray:
         """`[n]` int8, 1 where sampled."""

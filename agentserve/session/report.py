@@ -1,7 +1,10 @@
-"""What one turn cost: where its prompt's tokens came from, and how long it took. Numbers only."""
+"""What turns cost: where their prompts' tokens came from, and how long they took. Numbers only."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -10,13 +13,16 @@ import msgspec
 class TurnReport(msgspec.Struct, frozen=True, kw_only=True):
     """One turn. `prompt = cached + computed` tokens; `completion` tokens were sampled.
 
-    `weight_versions` are the oldest and the newest that sampled, empty when nothing was.
+    `ideal` are the tokens that a cache which never forgets would have given, `miss` the computed ones by reason
+    (`agentserve.session.misses`). `weight_versions` are the oldest and the newest that sampled, empty when nothing was.
     """
 
     turn: int
     prompt: int
     cached: int
     completion: int
+    ideal: int
+    miss: dict[str, int]
     ttft_ms: float
     total_ms: float
     finish_reason: str
@@ -27,9 +33,17 @@ class TurnReport(msgspec.Struct, frozen=True, kw_only=True):
         """Prompt tokens that the engine had to compute."""
         return self.prompt - self.cached
 
-    def report(self) -> dict[str, int]:
+    @property
+    def end(self) -> int:
+        """Tokens of the log when the turn had ended."""
+        return self.prompt + self.completion
+
+    def report(self) -> dict[str, Any]:
         """Where the prompt came from."""
-        return {"prompt": self.prompt, "cached": self.cached, "computed": self.computed}
+        return {
+            "prompt": self.prompt, "cached": self.cached, "computed": self.computed, "ideal": self.ideal,
+            "miss": self.miss,
+        }  # fmt: skip
 
     def timings(self) -> dict[str, float]:
         """Milliseconds to the first token and to the end."""
@@ -41,3 +55,41 @@ class TurnReport(msgspec.Struct, frozen=True, kw_only=True):
             "turn": self.turn, **self.report(), "completion": self.completion, **self.timings(),
             "finish_reason": self.finish_reason, "weight_versions": list(self.weight_versions),
         }  # fmt: skip
+
+    def cache(self) -> dict[str, Any]:
+        """The turn as `GET /v1/sessions/{id}/cache` lists it."""
+        return {"turn": self.turn, **_with_rates(self.prompt, self.cached, self.ideal, self.miss)}
+
+
+@dataclass(eq=False)
+class Totals:
+    """Sums over all turns that a session took itself, also those that were rewound since."""
+
+    prompt: int = 0
+    cached: int = 0
+    ideal: int = 0
+    miss: Counter[str] = field(default_factory=Counter)
+
+    def add(self, turn: TurnReport) -> None:
+        """Count one more turn."""
+        self.prompt += turn.prompt
+        self.cached += turn.cached
+        self.ideal += turn.ideal
+        self.miss.update(turn.miss)
+
+    @property
+    def missed(self) -> int:
+        """Prompt tokens that had to be computed."""
+        return self.prompt - self.cached
+
+    def cache(self) -> dict[str, Any]:
+        """The sums as `GET /v1/sessions/{id}/cache` gives them."""
+        return _with_rates(self.prompt, self.cached, self.ideal, self.miss)
+
+
+def _with_rates(prompt: int, cached: int, ideal: int, miss: Mapping[str, int]) -> dict[str, Any]:
+    return {
+        "prompt": prompt, "cached": cached, "computed": prompt - cached, "ideal": ideal,
+        "hit_rate": cached / prompt if prompt else 0.0, "hit_rate_ideal": ideal / prompt if prompt else 0.0,
+        "miss": dict(miss),
+    }  # fmt: skip

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from agentserve.session.log import TokenLog
-from agentserve.session.report import TurnReport
+from agentserve.session.misses import Computed
+from agentserve.session.report import Totals, TurnReport
 
 MAX_TOMBSTONES = 65536
 
@@ -45,20 +46,35 @@ class Cancellable(Protocol):
 
 @dataclass(eq=False)
 class Session:
-    """One session. `pending` are the messages it was opened with, rendered with the first turn."""
+    """One session. `opening` are the messages it was opened with, rendered with the first turn.
+
+    `turns` are those of the log, `totals` those that this session took: a fork's log begins with its parent's turns.
+    """
 
     id: str
     created: float
     last_used: float
     ttl_s: float
     tools: list[dict[str, Any]]
-    pending: list[dict[str, Any]]
+    opening: list[dict[str, Any]]
     metadata: dict[str, str]
+    parent: str | None = None
     log: TokenLog = field(default_factory=TokenLog)
     turns: list[TurnReport] = field(default_factory=list)
+    computed: Computed = field(default_factory=Computed)
+    totals: Totals = field(default_factory=Totals)
     busy: bool = False
     active: Cancellable | None = None
     gone: str | None = None
+
+    @property
+    def pending(self) -> list[dict[str, Any]]:
+        """Messages that no turn has rendered yet."""
+        return [] if self.turns else self.opening
+
+    def end_of(self, turns: int) -> int:
+        """Tokens of the log after its first `turns` turns."""
+        return self.turns[turns - 1].end if turns else 0
 
     @property
     def status(self) -> str:
@@ -97,17 +113,45 @@ class SessionStore:
         Raises:
             TooManySessions: there is no room, and nothing has expired.
         """
-        self.sweep()
-        if len(self._open) >= self.max_sessions:
-            raise TooManySessions(
-                f"{len(self._open)} sessions are open, max_sessions is {self.max_sessions}: close some"
-            )
-        now = self._clock()
-        session = Session(
-            id=f"sess_{secrets.token_hex(12)}", created=now, last_used=now, ttl_s=ttl_s or self.ttl_s,
-            tools=tools or [], pending=messages or [], metadata=metadata or {},
-        )  # fmt: skip
-        self._open[session.id] = session
+        self._need_room(1)
+        return self._add(ttl_s or self.ttl_s, tools or [], messages or [], metadata or {})
+
+    def fork(self, session_id: str, count: int, at_turn: int | None = None) -> list[Session]:
+        """Open `count` sessions whose logs are this one's first `at_turn` turns (default: all). All or none.
+
+        Raises:
+            ValueError: the session has not so many turns.
+            TooManySessions: there is no room for all of them.
+            SessionBusy: a turn is in progress.
+            SessionGone, SessionUnknown: as `get`.
+        """
+        parent = self._idle(session_id)
+        turns = _turns(parent, at_turn)
+        parent.last_used = self._clock()  # before the sweep that makes room
+        self._need_room(count)
+        end, forks = parent.end_of(turns), []
+        for _ in range(count):
+            fork = self._add(parent.ttl_s, parent.tools, parent.opening, dict(parent.metadata))
+            fork.parent, fork.log, fork.turns = parent.id, parent.log.copy(end), parent.turns[:turns]
+            fork.computed = parent.computed.fork(end)
+            forks.append(fork)
+        return forks
+
+    def rewind(self, session_id: str, to_turn: int) -> Session:
+        """Cut a session's log back to its first `to_turn` turns.
+
+        Raises:
+            ValueError: the session has not so many turns.
+            SessionBusy: a turn is in progress.
+            SessionGone, SessionUnknown: as `get`.
+        """
+        session = self._idle(session_id)
+        turns = _turns(session, to_turn)
+        end = session.end_of(turns)
+        session.computed.rewind(session.log.ids(), end)
+        session.log.truncate(end)
+        del session.turns[turns:]
+        session.last_used = self._clock()
         return session
 
     def get(self, session_id: str) -> Session:
@@ -133,9 +177,7 @@ class SessionStore:
             SessionBusy: one is in progress already.
             SessionGone, SessionUnknown: as `get`.
         """
-        session = self.get(session_id)
-        if session.busy:
-            raise SessionBusy(f"session {session_id} has a turn in progress: wait for it, or delete the session")
+        session = self._idle(session_id)
         session.busy = True
         session.last_used = self._clock()
         return session
@@ -167,6 +209,30 @@ class SessionStore:
             self._expire(session)
         return len(idle)
 
+    def _need_room(self, count: int) -> None:
+        self.sweep()
+        if len(self._open) + count > self.max_sessions:
+            raise TooManySessions(
+                f"{len(self._open)} sessions are open, max_sessions is {self.max_sessions}: close some"
+            )
+
+    def _add(
+        self, ttl_s: float, tools: list[dict[str, Any]], opening: list[dict[str, Any]], metadata: dict[str, str]
+    ) -> Session:
+        now = self._clock()
+        session = Session(
+            id=f"sess_{secrets.token_hex(12)}", created=now, last_used=now, ttl_s=ttl_s, tools=tools, opening=opening,
+            metadata=metadata,
+        )  # fmt: skip
+        self._open[session.id] = session
+        return session
+
+    def _idle(self, session_id: str) -> Session:
+        session = self.get(session_id)
+        if session.busy:
+            raise SessionBusy(f"session {session_id} has a turn in progress: wait for it, or delete the session")
+        return session
+
     def _expired(self, session: Session) -> bool:
         return not session.busy and self._clock() - session.last_used > session.ttl_s
 
@@ -181,3 +247,10 @@ class SessionStore:
             self._gone.popitem(last=False)
         if session.active is not None:
             session.active.fail(SessionGone(f"session {session.id} {reason}"))
+
+
+def _turns(session: Session, turns: int | None) -> int:
+    have = len(session.turns)
+    if turns is not None and not 0 <= turns <= have:
+        raise ValueError(f"session {session.id} has {have} turns: give how many to keep, 0 to {have}, got {turns}")
+    return have if turns is None else turns

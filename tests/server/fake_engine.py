@@ -30,6 +30,7 @@ from agentserve.messages import (
     Outputs,
     Ready,
     Reply,
+    SetVocabulary,
     Stats,
     UpdateWeights,
     decode_to_engine,
@@ -45,6 +46,7 @@ class FakeEngine:
         self.waiting: list[Generate] = []
         self.seen: list[list[int]] = []  # what the cache would hold
         self.version = 0
+        self.vocabularies, self.grammars = 0, []
         self.counts = {"prompt": 0, "cached": 0, "generated": 0, "requests": 0, "steps": 0}
         self.finished: dict[str, int] = {}
 
@@ -123,7 +125,11 @@ class FakeEngine:
         self.seen.append(request["prompt"] + request["out"][:-1])
 
     def handle(self, message: object) -> list[object]:
-        if isinstance(message, Generate):
+        if isinstance(message, SetVocabulary):
+            self.vocabularies += 1
+        elif isinstance(message, Generate):
+            self.grammars.append(message.grammar)
+            assert message.grammar is None or self.vocabularies == 1, "a grammar came without one vocabulary before it"
             self.admit()
             if len(self.waiting) >= self.config.max_waiting:
                 error = f"{len(self.waiting)} requests are waiting, max_waiting is {self.config.max_waiting}"
@@ -140,6 +146,7 @@ class FakeEngine:
                 error = f"version must be greater than {self.version}, got {message.version}"
                 return [Reply(call_id=message.call_id, error=error)]
             self.version = message.version
+            self.seen.clear()
             return [Reply(call_id=message.call_id, stats=self.stats())]
         elif isinstance(message, FlushCache):
             self.seen.clear()

@@ -19,6 +19,7 @@ import openai
 import pytest
 
 from agentserve.server.metrics import _COUNTERS, _GAUGES
+from agentserve.session.misses import REASONS
 from tests.server.conftest import Running
 from tests.session.tokenizer_kit import byte_level, save
 
@@ -172,6 +173,8 @@ def test_every_metric_says_what_happened(fake_server: Callable[..., Running]) ->
         "engine_steps_total": stats["steps"], "retractions_total": 3, "evicted_pages_total": 2,
         "step_seconds_total": 0.5, "overlap_wait_seconds_total": 0.25,
         "sessions_open": 1, "healthy": 1,
+        'prompt_tokens_missed_total{reason="cold"}': stats["prompt_tokens"] - 80,
+        **{f'prompt_tokens_missed_total{{reason="{reason}"}}': 0 for reason in REASONS if reason != "cold"},
         'request_success_total{finished_reason="length"}': 2, 'request_success_total{finished_reason="stop"}': 1,
         "time_to_first_token_seconds_count": 3, "e2e_request_latency_seconds_count": 3,
         "inter_token_latency_seconds_count": stats["generated_tokens"] - 3,

@@ -60,7 +60,7 @@ def test_every_command_of_the_page_works(fake_server: Callable[..., Running]) ->
             assert {name for name in metrics if not name.endswith("_created")} == named
     routes = {
         (method, route.path)
-        for module in ("openai", "sessions", "weights")
+        for module in ("openai", "sessions", "branches", "weights")
         for route in __import__(f"agentserve.server.{module}", fromlist=["router"]).router.routes
         if isinstance(route, APIRoute)
         for method in route.methods

@@ -188,6 +188,83 @@ def test_leaving_aborts_in_the_engine_too(real: tuple[Running, Any]) -> None:
     server.until(idle)
 
 
+def turn(server: Running, session: str, **body: Any) -> dict[str, Any]:
+    defaults = {"max_tokens": 9, "seed": 1, "ignore_eos": True, "return_token_ids": True}
+    return post(server, f"/v1/sessions/{session}/turns", **defaults | body)
+
+
+def test_forks_and_rewinds_hit_the_shared_prefix_and_give_the_same_tokens(real: tuple[Running, Any]) -> None:
+    server, _ = real
+    rng = np.random.default_rng(3)
+    session = post(server, "/v1/sessions")["id"]
+    replies = [turn(server, session, token_ids=rng.integers(10, 400, 30).tolist()) for _ in range(3)]
+    end = 2 * 39
+    again = replies[2]["prompt_token_ids"]
+    for fork in post(server, f"/v1/sessions/{session}/fork", count=2, at_turn=2)["sessions"]:
+        same = turn(server, fork, token_ids=again)
+        assert same["token_ids"] == replies[2]["token_ids"]
+        assert same["report"]["cached"] == (end + 30 - 1) // 8 * 8  # the parent had computed all of it
+    (fork,) = post(server, f"/v1/sessions/{session}/fork", at_turn=2)["sessions"]
+    new = turn(server, fork, token_ids=[9] * 30)["report"]
+    # the third turn computed the last token of the second, and forks share what their parent computed
+    assert (new["cached"], new["ideal"]) == (end // 8 * 8,) * 2
+    assert new["miss"] == {"page_tail": end % 8, "cold": 30}
+    post(server, f"/v1/sessions/{session}/rewind", to_turn=2)
+    rewound = turn(server, session, token_ids=[8] * 50)["report"]
+    # all of the log was computed, its last token too, by the turn that was rewound; that had 38 tokens more
+    assert rewound["cached"] == end // 8 * 8
+    assert rewound["miss"] == {"page_tail": end % 8, "diverged": 38, "cold": 12}
+
+
+def test_every_missed_token_has_a_reason(real: tuple[Running, Any]) -> None:
+    """More sessions than the pool holds, a flush and new weights: the misses are what the engine computed."""
+    server, _ = real
+    post(server, "/v1/cache/flush")
+    version = weight_version(server)
+    before = miss_counters(server)
+    rng = np.random.default_rng(4)
+    sessions = [post(server, "/v1/sessions")["id"] for _ in range(12)]
+    reports: list[dict[str, Any]] = []
+
+    def round_of_turns() -> list[dict[str, Any]]:
+        done = [turn(server, s, token_ids=rng.integers(10, 400, 170).tolist())["report"] for s in sessions]
+        reports.extend(done)
+        return [report["miss"] for report in done]
+
+    assert all(miss == {"cold": 170} for miss in round_of_turns())
+    round_of_turns()
+    round_of_turns()  # 12 sessions of 537 tokens, the pool holds 4096
+    assert sum(report["miss"].get("evicted", 0) for report in reports) > 0
+    sessions = sessions[:3]
+    round_of_turns()
+    post(server, "/v1/cache/flush")
+    flushed = round_of_turns()
+    assert all(miss["flushed"] >= 4 * 179 // 8 * 8 - 8 and "evicted" not in miss for miss in flushed)
+    with server.http() as http:
+        weights = to_safetensors({"model.norm.weight": torch.ones(64)})
+        sent = http.post(f"/v1/weights?version={version + 1}", content=weights)
+        assert sent.is_success, sent.text
+    assert all(miss["namespace"] > 0 and "flushed" not in miss for miss in round_of_turns())
+    for report in reports:
+        assert sum(report["miss"].values()) == report["computed"] == report["prompt"] - report["cached"]
+        forgotten = sum(report["miss"].get(reason, 0) for reason in ("evicted", "flushed", "namespace"))
+        assert report["ideal"] - report["cached"] == forgotten
+    after = miss_counters(server)
+    assert sum(after.values()) - sum(before.values()) == sum(report["computed"] for report in reports)
+
+
+def weight_version(server: Running) -> int:
+    with server.http() as http:
+        return http.get("/health").json()["weight_version"]
+
+
+def miss_counters(server: Running) -> dict[str, float]:
+    with server.http() as http:
+        lines = http.get("/metrics").text.splitlines()
+    counted = [line.split() for line in lines if line.startswith("agentserve:prompt_tokens_missed_total{")]
+    return {name: float(count) for name, count in counted}
+
+
 def test_killing_the_real_engine(real: tuple[Running, Any]) -> None:
     """Last in this file: it leaves a dead engine behind."""
     server, _ = real

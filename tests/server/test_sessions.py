@@ -103,7 +103,8 @@ def test_turns_append_and_report_where_their_prompt_came_from(server: Running) -
     assert "token_ids" not in session.http.get(session.path).json()
     listed = {s["id"]: s for s in session.http.get("/v1/sessions").json()["data"]}
     assert listed[session.opened["id"]] == {
-        "id": session.opened["id"], "status": "open", "turns": 2,
+        "id": session.opened["id"], "status": "open", "turns": 2, "last_used": log["last_used"],
+        "missed_tokens": first["report"]["computed"] + report["computed"],
         "prompt_tokens": first["report"]["prompt"] + report["prompt"],
         "cached_tokens": first["report"]["cached"] + report["cached"],
     }  # fmt: skip

@@ -96,13 +96,16 @@ def test_a_turn_report_adds_up() -> None:
         prompt=40,
         cached=32,
         completion=5,
+        ideal=36,
+        miss={"cold": 3, "evicted": 5},
         ttft_ms=1.5,
         total_ms=3.0,
         finish_reason="stop",
         weight_versions=(1, 2),
     )
-    assert turn.report() == {"prompt": 40, "cached": 32, "computed": 8}
+    report = {"prompt": 40, "cached": 32, "computed": 8, "ideal": 36, "miss": {"cold": 3, "evicted": 5}}
+    assert turn.report() == report
     assert turn.entry() == {
-        "turn": 2, "prompt": 40, "cached": 32, "computed": 8, "completion": 5, "ttft_ms": 1.5, "total_ms": 3.0,
+        "turn": 2, **report, "completion": 5, "ttft_ms": 1.5, "total_ms": 3.0,
         "finish_reason": "stop", "weight_versions": [1, 2],
     }  # fmt: skip
