@@ -87,6 +87,20 @@ class Tokenizer:
         """Text of `ids`, with bytes that are no UTF-8 as U+FFFD. Ids without a token give no text."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
+    def vocabulary(self) -> dict[str, int]:
+        """Every token, added ones included, as the tokenizer writes it (not decoded), with its id."""
+        return self._backend.get_vocab(with_added_tokens=True)
+
+    def backend_json(self) -> str:
+        """The tokenizer as the tokenizers library saves it."""
+        return self._backend.to_str()
+
+    @property
+    def chat_template(self) -> str:
+        """The chat templates' source, all of them; empty without any."""
+        template = self._hf.chat_template or ""
+        return template if isinstance(template, str) else "\n".join(template.values())
+
     @property
     def has_chat_template(self) -> bool:
         """Whether `render` can work."""

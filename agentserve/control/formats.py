@@ -1,19 +1,28 @@
-"""How a model writes a tool call, and how it is read back: `<tool_call>` blocks as Hermes and Qwen write
-them.
+"""How a model writes a tool call: reading it back, and the grammar that holds the sampler to it. `<tool_call>` blocks
+as Hermes and Qwen write them.
 
 Reading never loses text: what looks like a call but is none stays in the content.
 """
 
 from __future__ import annotations
 
+import json
+import re
 import secrets
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
+from agentserve.control.tools import Tool, ToolChoice
+
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 MARKS = (OPEN, CLOSE)
+END_OF_THINKING = "</think>"
+# In a row, inside JSON. Enough for indented text; without a limit a model could write white space for ever.
+MAX_WHITE_SPACE = 16
+_CANONICAL = re.compile(r'\s*\{"name": "([^"\\]+)", "arguments": (.*)\}\s*', re.DOTALL)
+_STRING = re.compile(r'"(?:[^"\\\x00-\x1f]|\\.)*(")?')
 
 
 @dataclass(frozen=True)
@@ -39,10 +48,28 @@ def parse_block(text: str) -> ToolCall | None:
     """The call that a block's inside describes, or None if it is not `{"name": str, "arguments": object}`."""
     try:
         block = msgspec.json.decode(text.encode(), type=_Block)
-        msgspec.json.decode(block.arguments, type=dict[str, Any])
+        name, arguments = block.name, bytes(block.arguments).decode()
     except (msgspec.MsgspecError, UnicodeEncodeError):
+        # the grammar allows what msgspec does not read: numbers too large for a float, half a surrogate pair
+        match = _CANONICAL.fullmatch(text)
+        if match is None:
+            return None
+        name, arguments = match[1], match[2]
+    try:
+        is_object = isinstance(json.loads(arguments, parse_int=float), dict)
+    except (ValueError, RecursionError):
         return None
-    return ToolCall(block.name, bytes(block.arguments).decode()) if block.name else None
+    return ToolCall(name, arguments) if name and is_object else None
+
+
+def _in_string(text: str) -> bool:
+    """Whether JSON text stops inside a string that can still go on."""
+    place = 0
+    while (match := _STRING.search(text, place)) is not None:
+        if match[1] is None:
+            return match.end() == len(text) or text[match.end() :] == "\\"
+        place = match.end()
+    return False
 
 
 class ToolCallParser:
@@ -98,6 +125,8 @@ class ToolCallParser:
         assert self._block is not None
         text = self._tail + text
         end = text.find(CLOSE)
+        while end >= 0 and _in_string("".join(self._block) + text[:end]):
+            end = text.find(CLOSE, end + 1)  # it is part of an argument
         if end < 0:
             cut = max(0, len(text) - len(CLOSE) + 1)
             self._block.append(text[:cut])
@@ -131,3 +160,68 @@ def parse_reply(text: str) -> tuple[str, list[ToolCall]]:
     parser = ToolCallParser()
     content, calls = parser.push(text)
     return content + parser.finish(), calls
+
+
+def call_format(chat_template: str) -> str | None:
+    """The format in which a model with this template writes calls: "hermes", or None if it is none of ours."""
+    return "hermes" if OPEN in chat_template and CLOSE in chat_template else None
+
+
+def write_call(name: str, arguments: str) -> str:
+    """A call as the model's template writes it. `arguments` is the JSON text of an object."""
+    return f'{OPEN}\n{{"name": "{name}", "arguments": {arguments}}}\n{CLOSE}'
+
+
+def structural_tag(
+    choice: ToolChoice | None,
+    parallel: bool = True,
+    reply_schema: dict[str, Any] | None = None,
+    thinking: bool = False,
+) -> str:
+    """The grammar of a reply, an xgrammar structural tag as JSON.
+
+    Properties come in the order of their schema.
+
+    Args:
+        choice: what may be called; None where there are no tools, or where the model's format is not known.
+        parallel: whether a reply may hold several calls.
+        reply_schema: what a reply without calls must be; None is any text.
+        thinking: the prompt has opened a thinking block, so the reply is thoughts first.
+    """
+    mode = "none" if choice is None or not choice.tools else choice.mode
+    if reply_schema is not None:
+        body = _json(reply_schema)
+        if choice is not None and mode == "auto":
+            body = {"type": "or", "elements": [_calls(choice, parallel), body]}
+    else:
+        body = {"type": "any_text", "excludes": [OPEN]}
+    if choice is not None and mode == "required":
+        body = _calls(choice, parallel)
+    elif choice is not None and mode == "auto" and reply_schema is None:
+        tags = [_tag(tool) for tool in choice.tools]
+        body = {"type": "triggered_tags", "triggers": [OPEN], "tags": tags, "stop_after_first": not parallel}
+    if thinking and body["type"] not in ("any_text", "triggered_tags"):
+        thoughts = {"type": "any_text", "excludes": [OPEN]}
+        block = {"type": "tag", "begin": "", "content": thoughts, "end": END_OF_THINKING}
+        body = {"type": "sequence", "elements": [block, {"type": "regex", "pattern": "[ \\n]{0,4}"}, body]}
+    return json.dumps({"type": "structural_tag", "format": body}, separators=(",", ":"))
+
+
+def _calls(choice: ToolChoice, parallel: bool) -> dict[str, Any]:
+    """Calls and nothing else, at least one."""
+    return {
+        "type": "tags_with_separator",
+        "tags": [_tag(tool) for tool in choice.tools],
+        "separator": "\n",
+        "at_least_one": True,
+        "stop_after_first": choice.one or not parallel,
+    }
+
+
+def _tag(tool: Tool) -> dict[str, Any]:
+    begin, end = write_call(tool.name, "\0").split("\0")
+    return {"type": "tag", "begin": begin, "content": _json(tool.schema), "end": end}
+
+
+def _json(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": schema, "max_whitespace_cnt": MAX_WHITE_SPACE}

@@ -15,7 +15,7 @@ import signal
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 import msgspec
@@ -35,6 +35,7 @@ from agentserve.messages import (
     Outputs,
     Ready,
     Reply,
+    SetVocabulary,
     Shutdown,
     Stats,
     UpdateWeights,
@@ -145,6 +146,7 @@ class EngineClient:
         self._calls: dict[str, asyncio.Future[Reply]] = {}
         self._numbers = itertools.count(1)
         self._tasks: list[asyncio.Task[None]] = []
+        self._vocabulary: asyncio.Task[None] | None = None
 
     async def start(self, timeout_s: float = 600.0) -> Ready:
         """Start the process and wait until it is ready.
@@ -235,11 +237,34 @@ class EngineClient:
         ready = self._need_ready()
         return min(ready.max_model_len, ready.num_pages * ready.page_size)
 
-    def generate(self, prompt: np.ndarray, params: SamplingParams, namespace: str = "") -> TokenStream:
+    async def need_vocabulary(self, make: Callable[[], str]) -> None:
+        """Send the vocabulary that grammars need, if that has not been done.
+
+        Args:
+            make: gives it serialized; called in a thread, once.
+        """
+
+        async def send() -> None:
+            self._send(SetVocabulary(await asyncio.to_thread(make)))
+
+        if self._vocabulary is None:
+            self._vocabulary = asyncio.create_task(send())
+        task = self._vocabulary
+        try:
+            await asyncio.shield(task)  # whoever waits may leave; the others still need it
+        except Exception:
+            if self._vocabulary is task:
+                self._vocabulary = None  # the next one tries again
+            raise
+
+    def generate(
+        self, prompt: np.ndarray, params: SamplingParams, namespace: str = "", grammar: str | None = None
+    ) -> TokenStream:
         """Send a request.
 
         Args:
             prompt: `[n]` int32 token ids, n ≥ 1.
+            grammar: as in `messages.Generate`; after `need_vocabulary`.
 
         Raises:
             QueueFull: the queue holds `max_waiting` requests already.
@@ -249,7 +274,9 @@ class EngineClient:
         self.check_room()
         request_id = f"r{next(self._numbers)}"
         payload = np.ascontiguousarray(prompt, dtype="<i4").tobytes()
-        self._send(Generate(request_id=request_id, prompt=payload, params=params, namespace=namespace))
+        self._send(
+            Generate(request_id=request_id, prompt=payload, params=params, namespace=namespace, grammar=grammar)
+        )
         stream = self._streams[request_id] = TokenStream(self, request_id)
         return stream
 

@@ -102,6 +102,13 @@ def serving(request: Request) -> Serving:
     return request.app.state.serving
 
 
+class Constraint(msgspec.Struct, frozen=True):
+    """A reply's grammar, and the field to name when the engine refuses it."""
+
+    grammar: str
+    param: str
+
+
 class Chunk(msgspec.Struct, frozen=True):
     """What one commit added to a reply. `text` may lag behind the ids while characters are incomplete."""
 
@@ -118,16 +125,19 @@ class Generation:
     """A running request: iterate it once for its chunks; meanwhile, and after, its fields hold the sum of them.
 
     Always close it (it is a context manager): that aborts what has not ended. Ids after a stop string's last token are
-    dropped; the stop token that ended a reply is an id of it, but no text.
+    dropped; the stop token that ended a reply is an id of it, but no text. Under a constraint `logprobs` are those of
+    the masked distribution, and `unmasked_logprobs` the model's own.
     """
 
     parts: Serving
     prompt: np.ndarray
     params: SamplingParams
     tools: bool = False
+    constraint: Constraint | None = None
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    unmasked_logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     weight_versions: list[int] = field(default_factory=list)
     cached_tokens: int = 0
@@ -138,7 +148,8 @@ class Generation:
 
     def __post_init__(self) -> None:
         """Send the request; raises QueueFull and EngineDead."""
-        self.stream = self.parts.engine.generate(self.prompt, self.params)
+        grammar = None if self.constraint is None else self.constraint.grammar
+        self.stream = self.parts.engine.generate(self.prompt, self.params, grammar=grammar)
         keep = MARKS if self.tools else ()
         self._detokenizer = Detokenizer(self.parts.tokenizer, self.params.stop, keep=keep)
         timeout = self.parts.config.request_timeout_s
@@ -213,6 +224,8 @@ class Generation:
         if output.finish_reason == FINISH_QUEUE_FULL:
             raise QueueFull(output.error)
         if output.finish_reason == FINISH_REFUSED:
+            if self.constraint is not None and "grammar" in (output.error or ""):
+                raise BadRequest(str(output.error), self.constraint.param)
             raise EngineRefused(output.error)
         if output.finish_reason == FINISH_ABORT:
             raise EngineDead("the engine aborted the request")
@@ -241,6 +254,7 @@ class Generation:
         self._text.append(text)
         self.token_ids += chunk.token_ids
         self.logprobs += chunk.logprobs
+        self.unmasked_logprobs += output.unmasked_logprobs[:count]
         self.top_logprobs += chunk.top_logprobs
         self.weight_versions += chunk.weight_versions
         self.finish_reason = reason

@@ -20,9 +20,11 @@ from fastapi import APIRouter, Request, Response
 
 from agentserve.control.formats import ToolCall, ToolCallParser
 from agentserve.core import MAX_SEED, SamplingParams
+from agentserve.server.constrain import constrain
 from agentserve.server.errors import ApiError, BadRequest
 from agentserve.server.generation import (
     Chunk,
+    Constraint,
     EventStream,
     Generation,
     Serving,
@@ -92,7 +94,10 @@ async def chat_completions(request: Request) -> Response:
         raise BadRequest(str(error), "messages") from None
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    start = functools.partial(_start, parts, body, [prompt], wanted, logprobs, "messages", tools=bool(body.tools))
+    constraint = await constrain(parts, body, body.tools, prompt, enforce_auto=True)
+    start = functools.partial(
+        _start, parts, body, [prompt], wanted, logprobs, "messages", tools=bool(body.tools), constraint=constraint
+    )
     return await _answer(request, parts, body, start, _ChatForm())
 
 
@@ -143,6 +148,7 @@ def _start(
     logprobs: int | None,
     param: str,
     tools: bool = False,
+    constraint: Constraint | None = None,
 ) -> list[Choice]:
     """Send `n` requests for each prompt: all of them, or none."""
     count = body.n or 1
@@ -153,7 +159,7 @@ def _start(
         plans += [(prompt, _choice_params(params, i)) for i in range(count)]
     parts.engine.check_room(len(plans))
     return [
-        Choice(index, prompt, Generation(parts, prompt, params, tools), ToolCallParser() if tools else None)
+        Choice(index, prompt, Generation(parts, prompt, params, tools, constraint), ToolCallParser() if tools else None)
         for index, (prompt, params) in enumerate(plans)
     ]
 
@@ -276,6 +282,8 @@ class _ChatForm(_Form):
             "logprobs": _chat_logprobs(parts, generation, whole),
             "finish_reason": choice.finish_reason(generation.finish_reason),
         }
+        if generation.params.logprobs is not None and generation.constraint is not None:
+            out["unmasked_logprobs"] = generation.unmasked_logprobs
         return out | ({"token_ids": generation.token_ids} if with_ids else {})
 
     def delta(self, parts: Serving, choice: Choice, chunk: Chunk, with_ids: bool) -> dict[str, Any]:

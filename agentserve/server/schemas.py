@@ -145,12 +145,12 @@ def for_template(messages: Sequence[Message], param: str = "messages") -> list[d
 
 
 class ToolFunction(Body):
-    """A function that the model may call. `strict` true is refused: it cannot be enforced."""
+    """A function that the model may call."""
 
     name: str = Field(min_length=1)
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Literal[False] | None = None
+    strict: bool | None = None
 
 
 class Tool(Body):
@@ -158,6 +158,37 @@ class Tool(Body):
 
     type: Literal["function"]
     function: ToolFunction
+
+
+class JsonSchema(Body):
+    """The schema of a reply."""
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """What a reply's text must be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @property
+    def reply_schema(self) -> dict[str, Any] | None:
+        """The JSON schema of the reply, or None if it is free text."""
+        if self.type == "json_object":
+            return {"type": "object", "additionalProperties": True}
+        return None if self.json_schema is None else self.json_schema.schema_
+
+
+class ControlBody(Body):
+    """What a reply may be: the fields that chat and session turns share."""
+
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
 
 
 def _tool(raw: dict[str, Any]) -> dict[str, Any]:
@@ -257,7 +288,7 @@ class OpenAIBody(SamplingBody):
     prompt_cache_key: str | None = None
 
 
-class ChatBody(OpenAIBody):
+class ChatBody(OpenAIBody, ControlBody):
     """`POST /v1/chat/completions`."""
 
     messages: list[Message] = Field(min_length=1)
@@ -265,25 +296,13 @@ class ChatBody(OpenAIBody):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     tools: Tools | None = None
-    tool_choice: Any = None
-    parallel_tool_calls: bool | None = None
-    response_format: Any = None
 
     def check(self) -> None:
-        """Refuse what would need constrained sampling.
+        """Refuse fields that do not go together.
 
         Raises:
             BadRequest: names the field and what works instead.
         """
-        if self.tool_choice not in (None, "auto"):
-            message = f"tool_choice {self.tool_choice!r} is not supported: leave it out or send 'auto'"
-            raise BadRequest(message, "tool_choice", "unsupported_value")
-        if self.parallel_tool_calls is False:
-            message = "parallel_tool_calls false cannot be enforced: leave it out"
-            raise BadRequest(message, "parallel_tool_calls", "unsupported_value")
-        if self.response_format is not None and self.response_format != {"type": "text"}:
-            message = 'only response_format {"type": "text"} is supported'
-            raise BadRequest(message, "response_format", "unsupported_value")
         if self.top_logprobs and not self.logprobs:
             raise BadRequest("top_logprobs needs logprobs: true", "top_logprobs")
         if None not in (self.max_tokens, self.max_completion_tokens):
@@ -323,7 +342,7 @@ class RewindBody(Body):
     to_turn: int = Field(ge=0)
 
 
-class TurnBody(SamplingBody):
+class TurnBody(SamplingBody, ControlBody):
     """`POST /v1/sessions/{id}/turns`."""
 
     messages: list[Message] | None = None

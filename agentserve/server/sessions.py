@@ -16,8 +16,10 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 
 from agentserve.control.formats import parse_reply
+from agentserve.server.constrain import check_tools, constrain
 from agentserve.server.errors import BadRequest
 from agentserve.server.generation import (
+    Constraint,
     EventStream,
     Generation,
     Serving,
@@ -48,6 +50,7 @@ async def open_session(request: Request) -> Response:
     if (messages or body.tools) and not parts.tokenizer.has_chat_template:
         name = "tools" if not messages else "system" if body.system is not None else "messages"
         raise BadRequest("this model has no chat template: open an empty session and append token_ids", name)
+    check_tools(body.tools)
     session = parts.store.open(
         tools=body.tools, messages=messages, metadata=body.metadata, ttl_s=body.ttl_s
     )  # fmt: skip
@@ -132,9 +135,11 @@ async def take_turn(request: Request, session_id: str) -> Response:
     closing.callback(parts.store.end_turn, session)
     with closing:
         pieces = await _pieces(parts, session, body)
+        prompt_end = np.array([i for piece in pieces for i in piece.ids], np.int32)
+        constraint = await constrain(parts, body, session.tools, prompt_end, enforce_auto=False)
         if session.gone is not None:
             raise SessionGone(f"session {session.id} {session.gone}")
-        turn = _begin(parts, session, body, pieces, started)
+        turn = _begin(parts, session, body, pieces, constraint, started)
         closing.callback(turn.generation.close)
         session.active = turn.generation
         if body.stream:
@@ -176,14 +181,21 @@ async def _pieces(parts: Serving, session: Session, body: TurnBody) -> list[Piec
         raise BadRequest(str(error), "messages") from None
 
 
-def _begin(parts: Serving, session: Session, body: TurnBody, pieces: list[Piece], started: float) -> Turn:
+def _begin(
+    parts: Serving,
+    session: Session,
+    body: TurnBody,
+    pieces: list[Piece],
+    constraint: Constraint | None,
+    started: float,
+) -> Turn:
     fresh = [i for piece in pieces for i in piece.ids]
     prompt = session.log.ids(fresh)
     param = "messages" if body.token_ids is None else "token_ids"
     room = parts.room(len(prompt), body.max_tokens, param)
     # always with logprobs: the log keeps that of every sampled token
     params = body.sampling_params(room, body.top_logprobs or 0, parts.vocab_size)
-    generation = Generation(parts, prompt, params, tools=bool(session.tools), started=started)
+    generation = Generation(parts, prompt, params, bool(session.tools), constraint, started=started)
     return Turn(session, body, pieces, fresh, generation, parts.weight_version)
 
 
@@ -259,6 +271,8 @@ class Turn:
             "report": report.report(),
             "timings": report.timings(),
         }
+        if self.body.logprobs and generation.constraint is not None:
+            out["unmasked_logprobs"] = generation.unmasked_logprobs
         if self.body.top_logprobs:
             out["top_logprobs"] = [[[token, value] for token, value in top] for top in generation.top_logprobs]
         if self.body.return_token_ids:
