@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack
 
 import httpx
 import msgspec
 
 from agentserve.sdk.types import (
     AgentserveError,
+    CacheAccount,
     Completion,
     Delta,
     Health,
@@ -105,9 +106,14 @@ class AsyncClient:
         opened = await self._json("POST", "/v1/sessions", dict[str, Any], body)
         return AsyncSession(self, opened["id"])
 
-    async def sessions(self) -> list[dict[str, Any]]:
-        """The server's sessions: id, status, turns, prompt_tokens, cached_tokens."""
-        return (await self._json("GET", "/v1/sessions", dict[str, Any]))["data"]
+    async def sessions(self, sort: Literal["recent", "missed"] | None = None) -> list[dict[str, Any]]:
+        """The server's sessions: id, status, turns, last_used, prompt_tokens, cached_tokens, missed_tokens.
+
+        Args:
+            sort: `recent` gives the last used first, `missed` those with the most missed tokens; else the oldest.
+        """
+        query = "" if sort is None else f"?sort={sort}"
+        return (await self._json("GET", f"/v1/sessions{query}", dict[str, Any]))["data"]
 
     async def complete(self, prompt: str | Sequence[int], **sampling: Unpack[Sampling]) -> Completion:
         """Continue a text or a list of token ids, outside any session."""
@@ -236,6 +242,21 @@ class AsyncSession:
         """The session's turns and segments; with `tokens`, every id, its mask, logprob and weight version."""
         query = "?tokens=true" if tokens else ""
         return await self.client._json("GET", f"/v1/sessions/{self.id}{query}", SessionLog)
+
+    async def cache(self) -> CacheAccount:
+        """What the cache gave each turn, and why it did not give more."""
+        return await self.client._json("GET", f"/v1/sessions/{self.id}/cache", CacheAccount)
+
+    async def fork(self, count: int = 1, *, at_turn: int | None = None) -> list[AsyncSession]:
+        """Open sessions that begin with this one's first `at_turn` turns (default: all). Costs no compute."""
+        body = {"count": count, "at_turn": at_turn}
+        forked = await self.client._json("POST", f"/v1/sessions/{self.id}/fork", dict[str, list[str]], body)
+        return [AsyncSession(self.client, session_id) for session_id in forked["sessions"]]
+
+    async def rewind(self, to_turn: int) -> None:
+        """Keep the first `to_turn` turns only; 0 is before the first."""
+        body = {"to_turn": to_turn}
+        await self.client._json("POST", f"/v1/sessions/{self.id}/rewind", dict[str, Any], body)
 
     async def close(self) -> None:
         """Close the session; one that is gone already is no error."""

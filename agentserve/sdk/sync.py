@@ -9,12 +9,12 @@ import asyncio
 import concurrent.futures
 import threading
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack
 
 import httpx
 
 from agentserve.sdk.client import AsyncClient, AsyncSession
-from agentserve.sdk.types import Completion, Delta, Health, Message, Sampling, SessionLog, Turn
+from agentserve.sdk.types import CacheAccount, Completion, Delta, Health, Message, Sampling, SessionLog, Turn
 
 if TYPE_CHECKING:
     import torch
@@ -148,9 +148,9 @@ class Client:
         work = self.asynchronous.session(system=system, tools=tools, messages=messages, metadata=metadata, ttl_s=ttl_s)
         return Session(self.background, self.background.run(work))
 
-    def sessions(self) -> list[dict[str, Any]]:
+    def sessions(self, sort: Literal["recent", "missed"] | None = None) -> list[dict[str, Any]]:
         """The server's sessions."""
-        return self.background.run(self.asynchronous.sessions())
+        return self.background.run(self.asynchronous.sessions(sort))
 
     def complete(self, prompt: str | Sequence[int], **sampling: Unpack[Sampling]) -> Completion:
         """Continue a text or a list of token ids, outside any session."""
@@ -202,6 +202,19 @@ class Session:
     def log(self, *, tokens: bool = False) -> SessionLog:
         """The session's turns and segments; with `tokens`, every id, its mask, logprob and weight version."""
         return self.background.run(self.asynchronous.log(tokens=tokens))
+
+    def cache(self) -> CacheAccount:
+        """What the cache gave each turn, and why it did not give more."""
+        return self.background.run(self.asynchronous.cache())
+
+    def fork(self, count: int = 1, *, at_turn: int | None = None) -> list[Session]:
+        """Open sessions that begin with this one's first `at_turn` turns (default: all)."""
+        forks = self.background.run(self.asynchronous.fork(count, at_turn=at_turn))
+        return [Session(self.background, fork) for fork in forks]
+
+    def rewind(self, to_turn: int) -> None:
+        """Keep the first `to_turn` turns only; 0 is before the first."""
+        self.background.run(self.asynchronous.rewind(to_turn))
 
     def close(self) -> None:
         """Close the session; one that is gone already is no error."""

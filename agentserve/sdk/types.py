@@ -91,11 +91,46 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """Where a turn's prompt came from: `prompt = cached + computed` tokens."""
+    """Where a turn's prompt came from: `prompt = cached + computed` tokens.
+
+    `ideal` are the tokens that a cache which never forgets would have given, `miss` the computed tokens by reason
+    (cold, evicted, diverged, page_tail, namespace, flushed; absent reasons are 0).
+    """
 
     prompt: int
     cached: int
     computed: int
+    ideal: int = 0
+    miss: dict[str, int] = {}
+
+
+class CacheTotal(msgspec.Struct, frozen=True):
+    """Tokens of prompts by where they came from, as in `Report`; the rates are `cached` and `ideal` by `prompt`."""
+
+    prompt: int
+    cached: int
+    computed: int
+    ideal: int
+    hit_rate: float
+    hit_rate_ideal: float
+    miss: dict[str, int]
+
+
+class CacheTurn(CacheTotal, frozen=True, kw_only=True):
+    """The same for one turn."""
+
+    turn: int
+
+
+class CacheAccount(msgspec.Struct, frozen=True):
+    """What the cache gave a session, and why it did not give more.
+
+    `turns` are those of the log, a fork's with its parent's; `total` is over the turns that this session took.
+    """
+
+    id: str
+    turns: list[CacheTurn]
+    total: CacheTotal
 
 
 class Timings(msgspec.Struct, frozen=True):
@@ -178,6 +213,8 @@ class TurnEntry(msgspec.Struct, frozen=True):
     total_ms: float
     finish_reason: str
     weight_versions: list[int]
+    ideal: int = 0
+    miss: dict[str, int] = {}
 
 
 class Segment(msgspec.Struct, frozen=True):
@@ -200,6 +237,7 @@ class SessionLog(msgspec.Struct, frozen=True):
     created: float | None = None
     last_used: float | None = None
     metadata: dict[str, str] | None = None
+    parent: str | None = None
     token_ids: list[int] | None = None
     loss_mask: list[int] | None = None
     logprobs: list[float] | None = None

@@ -12,7 +12,14 @@ DOCS = Path(__file__).parents[2] / "docs"
 @pytest.mark.parametrize(
     ("page", "expected"),
     [
-        ("sdk.md", [r"turn 0: \d+ tokens, \d+% cached", r"Report\(prompt=\d+, cached=\d+, computed=\d+\)", r"Delta\("]),
+        (
+            "sdk.md",
+            [
+                r"turn 0: \d+ tokens, \d+% cached",
+                r"Report\(prompt=\d+, cached=\d+, computed=\d+, ideal=\d+, miss=",
+                r"Delta\(",
+            ],
+        ),
         ("rollout.md", [r"0/train-0-0 \[", r"(?m)^3 3 [\d.]+ "]),
     ],
 )

@@ -8,7 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
+import pytest
 
+from agentserve.sdk.sync import Client as SdkClient
+from agentserve.sdk.types import AgentserveError
 from tests.server.conftest import Running
 from tests.server.test_sessions import TOOLS, Client, running, user
 
@@ -210,6 +213,31 @@ def test_sessions_are_listed_by_misses_or_by_use(fake_server: Callable[..., Runn
     for query, param in (("?sort=size", "sort"), ("?order=recent", "order")):
         refused = sessions[0].http.get(f"/v1/sessions{query}")
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+
+
+def test_the_sdk_forks_rewinds_and_reads_the_account(server: Running) -> None:
+    with SdkClient(server.url) as client:
+        session = client.session(system="Be kind. " * 10)
+        server.say("one", "two", "three")
+        session.turn("x")
+        turn = session.turn("y")
+        assert sum(turn.report.miss.values()) == turn.report.computed
+        forks = session.fork(2, at_turn=1)
+        assert len({session.id, *(fork.id for fork in forks)}) == 3
+        log = forks[0].log(tokens=True)
+        assert (len(log.turns), log.parent) == (1, session.id)
+        session.rewind(1)
+        assert session.log(tokens=True).token_ids == log.token_ids
+        forks[0].turn("z")
+        account = forks[0].cache()
+        assert [t.turn for t in account.turns] == [0, 1]
+        assert account.total.prompt == account.turns[1].prompt  # the first turn was the parent's
+        assert account.total.miss == account.turns[1].miss
+        assert account.turns[1].hit_rate == account.turns[1].cached / account.turns[1].prompt
+        assert client.sessions(sort="recent")[0]["id"] == forks[0].id
+        with pytest.raises(AgentserveError) as caught:
+            session.fork(at_turn=5)
+        assert (caught.value.status, caught.value.param) == (400, "at_turn")
 
 
 def test_new_weights_are_the_reason(fake_server: Callable[..., Running]) -> None:
