@@ -66,7 +66,7 @@ class DeltaRenderer:
             return []
         whole = self._after_mark(messages, tools, generation_prompt=True)
         cuts = [
-            _common_length(self._after_mark(messages[:count], tools, generation_prompt=False), whole)
+            common_length(self._after_mark(messages[:count], tools, generation_prompt=False), whole)
             for count in range(len(messages) + 1)
         ]
         pieces = self._pieces(whole, cuts, ["assistant", *(message["role"] for message in messages)])
@@ -84,7 +84,7 @@ class DeltaRenderer:
 
     def _common(self, messages: Sequence[Message], tools: Sequence[Message] | None, whole: str) -> int:
         try:
-            return _common_length(self._tokenizer.render(messages, tools, add_generation_prompt=False), whole)
+            return common_length(self._tokenizer.render(messages, tools, add_generation_prompt=False), whole)
         except ValueError:
             return 0  # some templates refuse to begin without a user message: its piece then holds both
 
@@ -95,7 +95,7 @@ class DeltaRenderer:
         return [Piece(role, ids) for role, ids in zip([*roles, "assistant"], runs, strict=True)]
 
 
-def _common_length(a: str, b: str) -> int:
+def common_length(a: str, b: str) -> int:
     """Length of the longest common beginning, found by halving, since the strings are long."""
     if b.startswith(a):
         return len(a)
