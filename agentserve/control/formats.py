@@ -14,15 +14,17 @@ from typing import Any
 
 import msgspec
 
-from agentserve.control.tools import Tool, ToolChoice
+from agentserve.control.tools import BY_NAME, NOT_SCHEMAS, Tool, ToolChoice
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 MARKS = (OPEN, CLOSE)
 END_OF_THINKING = "</think>"
 # In a row, inside JSON. Enough for indented text; without a limit a model could write white space for ever.
 MAX_WHITE_SPACE = 16
+MAX_REPEAT = 128  # xgrammar 0.2.8 fails on patterns that count further
 _CANONICAL = re.compile(r'\s*\{"name": "([^"\\]+)", "arguments": (.*)\}\s*', re.DOTALL)
-_STRING = re.compile(r'"(?:[^"\\\x00-\x1f]|\\.)*(")?')
+_CONTROL = re.compile(r"[\x00-\x1f]")
+_STRING = re.compile(r'"(?:[^"\\\r\n]|\\.)*(")?')
 
 
 @dataclass(frozen=True)
@@ -50,16 +52,21 @@ def parse_block(text: str) -> ToolCall | None:
         block = msgspec.json.decode(text.encode(), type=_Block)
         name, arguments = block.name, bytes(block.arguments).decode()
     except (msgspec.MsgspecError, UnicodeEncodeError):
-        # the grammar allows what msgspec does not read: numbers too large for a float, half a surrogate pair
+        # the grammar allows what msgspec does not read: numbers too large for a float, half a surrogate pair, and in
+        # long strings control characters, which are escaped here
         match = _CANONICAL.fullmatch(text)
         if match is None:
             return None
-        name, arguments = match[1], match[2]
+        name, arguments = match[1], _STRING.sub(lambda string: _CONTROL.sub(_escape, string[0]), match[2])
     try:
         is_object = isinstance(json.loads(arguments, parse_int=float), dict)
     except (ValueError, RecursionError):
         return None
     return ToolCall(name, arguments) if name and is_object else None
+
+
+def _escape(match: re.Match[str]) -> str:
+    return f"\\u{ord(match[0]):04x}"
 
 
 def _in_string(text: str) -> bool:
@@ -224,4 +231,28 @@ def _tag(tool: Tool) -> dict[str, Any]:
 
 
 def _json(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "json_schema", "json_schema": schema, "max_whitespace_cnt": MAX_WHITE_SPACE}
+    return {"type": "json_schema", "json_schema": _lengths(schema), "max_whitespace_cnt": MAX_WHITE_SPACE}
+
+
+def _lengths(schema: Any, named: bool = False) -> Any:
+    """The schema with strings of bounded length as patterns: for bare lengths xgrammar allows raw control characters,
+    which are no JSON. Where the length is more than a pattern can count to, the parser escapes them.
+
+    Args:
+        named: this is no schema but holds some by name.
+    """
+    if isinstance(schema, list):
+        return [_lengths(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if named:
+        return {name: _lengths(value) for name, value in schema.items()}
+    out = {
+        word: value if word in NOT_SCHEMAS else _lengths(value, named=word in BY_NAME) for word, value in schema.items()
+    }
+    low, high = schema.get("minLength", 0), schema.get("maxLength", "")
+    bounded = schema.keys() & {"minLength", "maxLength"} and (high or low) <= MAX_REPEAT
+    if bounded and not schema.keys() & {"pattern", "format"}:
+        out = {word: value for word, value in out.items() if word not in ("minLength", "maxLength")}
+        out["pattern"] = f"^[^\\x00-\\x1f]{{{low},{high}}}$"
+    return out

@@ -17,6 +17,10 @@ Mode = Literal["none", "auto", "required"]
 # JSON schema's words that no grammar of ours holds a value to
 UNENFORCED = ("not", "if", "contains", "uniqueItems", "dependentRequired", "dependentSchemas", "propertyDependencies")
 
+# words whose value holds schemas by name, and words whose value is data
+BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
+NOT_SCHEMAS = ("const", "enum", "default", "examples")
+
 
 class ToolError(ValueError):
     """A definition or choice that cannot be used; `param` is the field, as in `tools.0.function.name`."""
@@ -182,9 +186,9 @@ def _words(schema: Any) -> Iterator[str]:
         return
     for word, value in schema.items():
         yield word
-        if word in ("properties", "patternProperties", "$defs", "definitions") and isinstance(value, dict):
+        if word in BY_NAME and isinstance(value, dict):
             yield from _each(value.values())
-        elif word not in ("const", "enum", "default", "examples"):
+        elif word not in NOT_SCHEMAS:
             yield from _words(value)
 
 
