@@ -89,6 +89,29 @@ def sandbox(context: typer.Context) -> None:
 
 
 @app.command()
+def check_template(
+    model_dir: Annotated[str, typer.Argument(help="Hugging Face model directory, or 'demo'", metavar="MODEL_DIR")],
+) -> None:
+    """Say whether a chat template preserves its prefix; where not, show both renderings at the first difference.
+
+    Ends with status 1 if a conversation is rendered anew, which costs a client that re-sends its history the cache.
+    """
+    from agentserve.session.check import check_template as check
+    from agentserve.tokenizer import Tokenizer, resolve_model_dir
+
+    try:
+        tokenizer = Tokenizer(resolve_model_dir(model_dir))
+    except (FileNotFoundError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="MODEL_DIR") from None
+    if not tokenizer.has_chat_template:
+        raise typer.BadParameter(f"{model_dir} has no chat template", param_hint="MODEL_DIR")
+    found = check(tokenizer)
+    for line in found.lines():
+        typer.echo(line)
+    raise typer.Exit(0 if found.ok else 1)
+
+
+@app.command()
 def version() -> None:
     """Print the versions of agentserve and of what it runs on."""
     import importlib.metadata as metadata

@@ -54,3 +54,25 @@ def test_sandbox_is_the_sandbox_service():
 
 def test_version_names_what_it_runs_on():
     assert "torch" in run("version").stdout
+
+
+def test_check_template_says_what_holds():
+    result = run("check-template", "demo")
+    assert result.returncode == 0
+    assert "every rendering continues the one before" in result.stdout
+    missing = run("check-template", "/no/such/model")
+    assert missing.returncode == 2
+    assert "no model directory" in missing.stderr
+
+
+def test_check_template_shows_the_first_difference(tmp_path):
+    from agentserve.demo import MODEL_DIR
+
+    for file in MODEL_DIR.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    # a template that says how many messages there are writes its beginning anew each time
+    changed = "{{ messages | length }} messages\n" + (MODEL_DIR / "chat_template.jinja").read_text()
+    (tmp_path / "chat_template.jinja").write_text(changed)
+    result = run("check-template", str(tmp_path))
+    assert result.returncode == 1
+    assert "first difference at character 0" in result.stdout
