@@ -196,12 +196,15 @@ def _begin(
     # always with logprobs: the log keeps that of every sampled token
     params = body.sampling_params(room, body.top_logprobs or 0, parts.vocab_size)
     generation = Generation(parts, prompt, params, bool(session.tools), constraint, started=started)
-    return Turn(session, body, pieces, fresh, generation, parts.weight_version)
+    return Turn(session, body, pieces, fresh, generation, parts.weight_version, parts.flushes)
 
 
 @dataclass(eq=False)
 class Turn:
-    """A turn in progress: what it will append, and the reply as far as it has come."""
+    """A turn in progress: what it will append, and the reply as far as it has come.
+
+    `weight_version` and `flushes` are those when it began.
+    """
 
     session: Session
     body: TurnBody
@@ -209,6 +212,7 @@ class Turn:
     fresh: list[int]
     generation: Generation
     weight_version: int
+    flushes: int
 
     async def events(self) -> AsyncGenerator[Any, None]:
         """The turn as a stream: deltas, then the whole of it."""
@@ -230,7 +234,7 @@ class Turn:
             cached=generation.cached_tokens,
             page_size=parts.page_size,
             versions={self.weight_version, *versions[:1]},
-            flushes=parts.flushes,
+            flushes=self.flushes,
         )
         for piece in self.pieces:
             session.log.append(piece)
@@ -251,6 +255,7 @@ class Turn:
         )
         session.turns.append(report)
         session.totals.add(report)
+        # a flush during the turn took nothing from it: the engine keeps what running requests hold
         session.computed.took(report.prompt, report.completion, {self.weight_version, *versions}, parts.flushes)
         parts.metrics.miss(miss)
         message: dict[str, Any] = {"role": "assistant", "content": content or (None if calls else "")}

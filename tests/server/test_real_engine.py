@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save as to_safetensors
 
-from agentserve.sdk.client import AsyncClient
+from agentserve.sdk.client import AsyncClient, AsyncSession
 from agentserve.sdk.types import AgentserveError, Delta, Turn
 from tests.conftest import reference_greedy
 from tests.server.conftest import Running, serve
@@ -251,6 +251,42 @@ def test_every_missed_token_has_a_reason(real: tuple[Running, Any]) -> None:
         assert report["ideal"] - report["cached"] == forgotten
     after = miss_counters(server)
     assert sum(after.values()) - sum(before.values()) == sum(report["computed"] for report in reports)
+
+
+async def test_four_times_more_sessions_than_the_pool_holds_all_finish_and_add_up(real: tuple[Running, Any]) -> None:
+    server, _ = real
+    post(server, "/v1/cache/flush")
+    pool = FIELDS["kv_tokens"]
+    rng = np.random.default_rng(5)
+    sessions = [post(server, "/v1/sessions")["id"] for _ in range(32)]
+    fresh = [[rng.integers(10, 400, 120).tolist() for _ in range(4)] for _ in sessions]
+
+    def computed() -> int:
+        with server.http() as http:
+            stats = http.get("/v1/stats").json()
+        return stats["prompt_tokens"] - stats["cached_tokens"]
+
+    before, counted = computed(), miss_counters(server)
+    async with AsyncClient(server.url) as client:
+
+        async def run(session_id: str, turns: list[list[int]]) -> int:
+            session = AsyncSession(client, session_id)
+            for ids in turns:
+                report = (await session.turn(token_ids=ids, max_tokens=9, seed=1, ignore_eos=True)).report
+                assert sum(report.miss.values()) == report.computed == report.prompt - report.cached
+                assert report.cached <= report.ideal < report.prompt
+            account = await session.cache()
+            assert len(account.turns) == 4
+            assert sum(account.total.miss.values()) == account.total.computed
+            assert {reason: n for reason, n in account.total.miss.items() if n} == account.total.miss
+            return account.total.computed
+
+        totals = await asyncio.gather(*(run(*pair) for pair in zip(sessions, fresh, strict=True)))
+        assert sum([len((await AsyncSession(client, s).log(tokens=True)).token_ids or []) for s in sessions]) > 4 * pool
+    after = miss_counters(server)
+    assert sum(after.values()) - sum(counted.values()) == sum(totals) == computed() - before
+    evicted = 'agentserve:prompt_tokens_missed_total{reason="evicted"}'
+    assert after[evicted] > counted[evicted]
 
 
 def weight_version(server: Running) -> int:
