@@ -274,9 +274,7 @@ class EngineClient:
         self.check_room()
         request_id = f"r{next(self._numbers)}"
         payload = np.ascontiguousarray(prompt, dtype="<i4").tobytes()
-        self._send(
-            Generate(request_id=request_id, prompt=payload, params=params, namespace=namespace, grammar=grammar)
-        )
+        self._send(Generate(request_id=request_id, prompt=payload, params=params, namespace=namespace, grammar=grammar))
         stream = self._streams[request_id] = TokenStream(self, request_id)
         return stream
 

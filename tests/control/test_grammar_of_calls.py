@@ -1,4 +1,4 @@
-"""The grammars of replies, on xgrammar's matcher: what is written as the template writes it passes, and nothing else."""
+"""The grammars of replies, on xgrammar's matcher: what is written as templates write it passes, and nothing else."""
 
 from __future__ import annotations
 
@@ -55,13 +55,17 @@ def schemas(draw: st.DrawFn) -> tuple[dict[str, Any], st.SearchStrategy[Any]]:
         "required": keys,
         "additionalProperties": False,
     }
-    values = st.tuples(*(values for _, values in leaves.values())).map(lambda drawn: dict(zip(keys, drawn, strict=True)))
+    values = st.tuples(*(values for _, values in leaves.values())).map(
+        lambda drawn: dict(zip(keys, drawn, strict=True))
+    )
     return schema, values  # in the schema's order
 
 
 @st.composite
 def tool_sets(draw: st.DrawFn) -> list[tuple[Tool, st.SearchStrategy[Any]]]:
-    names = draw(st.lists(st.sampled_from(["add", "add2", "a.b", "browser_open", "browser_x"]), unique=True, min_size=2))
+    names = draw(
+        st.lists(st.sampled_from(["add", "add2", "a.b", "browser_open", "browser_x"]), unique=True, min_size=2)
+    )
     return [(Tool(name, schema), values) for name in names for schema, values in [draw(schemas())]]
 
 
@@ -147,7 +151,8 @@ def valid(value: Any, schema: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("arguments", [
-    '{"s": "</tool_call>"}', '{"s": "\\ud800"}', '{"s": "\\\\</tool_call>\\""}', '{"n": 1e999}', '{"n": %s}' % ("1" * 5000),
+    '{"s": "</tool_call>"}', '{"s": "\\ud800"}', '{"s": "\\\\</tool_call>\\""}', '{"n": 1e999}',
+    '{"n": %s}' % ("1" * 5000),
     '{\n  "s" : "x" ,\n  "n": -0.5E+2\n}', "{ }",
 ])  # fmt: skip
 def test_the_parser_reads_all_that_the_grammar_allows(arguments: str) -> None:

@@ -97,7 +97,9 @@ def test_required_needs_tools() -> None:
         parse_choice("required", [])
 
 
-@pytest.mark.parametrize("schema", [{"type": "wat"}, {"enum": []}, {"$ref": "#/nope"}, {"pattern": "[", "type": "string"}])
+@pytest.mark.parametrize(
+    "schema", [{"type": "wat"}, {"enum": []}, {"$ref": "#/nope"}, {"pattern": "[", "type": "string"}]
+)
 def test_a_schema_without_a_grammar_is_refused(schema: dict[str, Any]) -> None:
     with pytest.raises(ToolError, match="cannot be enforced") as caught:
         check_schema({"type": "object", "properties": {"a": schema}}, "here")
