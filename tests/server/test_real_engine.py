@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +251,35 @@ def test_every_missed_token_has_a_reason(real: tuple[Running, Any]) -> None:
         assert report["ideal"] - report["cached"] == forgotten
     after = miss_counters(server)
     assert sum(after.values()) - sum(before.values()) == sum(report["computed"] for report in reports)
+
+
+async def test_what_happens_during_a_turn_counts_for_the_next(real: tuple[Running, Any]) -> None:
+    server, _ = real
+    version = weight_version(server)
+    async with AsyncClient(server.url) as client:
+        session = await client.session()
+
+        async def during(action: Callable[[], Coroutine[Any, Any, Any]]) -> dict[str, int]:
+            events = session.stream_turn(token_ids=[7] * 60, max_tokens=120, seed=1, ignore_eos=True)
+            async for number in aiter_count(events):
+                if number == 10:
+                    await action()
+            report = (await session.turn(token_ids=[8], max_tokens=2, seed=1, ignore_eos=True)).report
+            assert report.ideal == (report.prompt - 2) // 8 * 8
+            return report.miss
+
+        assert (await during(client.flush_cache)).keys() <= {"page_tail", "cold"}  # a running turn keeps its pages
+        weights = {"model.norm.weight": torch.ones(64)}
+        assert (await during(lambda: client.update_weights(version + 1, weights)))["namespace"] > 0
+        await session.turn(token_ids=[8], max_tokens=2)
+        assert (await session.cache()).turns[-1].miss.keys() <= {"page_tail", "cold"}
+
+
+async def aiter_count(events: AsyncIterable[Any]) -> AsyncIterator[int]:
+    number = 0
+    async for _ in events:
+        number += 1
+        yield number
 
 
 async def test_four_times_more_sessions_than_the_pool_holds_all_finish_and_add_up(real: tuple[Running, Any]) -> None:
