@@ -21,6 +21,9 @@ from agentserve.sdk.sync import BackgroundLoop, Client, Session
 from agentserve.sdk.tools import InfraError, Tool, ToolOutcome, sandbox_tools, tool
 from agentserve.sdk.types import (
     AgentserveError,
+    CacheAccount,
+    CacheTotal,
+    CacheTurn,
     Completion,
     Delta,
     Health,
@@ -38,6 +41,9 @@ __all__ = [
     "AsyncClient",
     "AsyncSession",
     "BackgroundLoop",
+    "CacheAccount",
+    "CacheTotal",
+    "CacheTurn",
     "Client",
     "Completion",
     "Context",
