@@ -22,6 +22,8 @@ END_OF_THINKING = "</think>"
 # In a row, inside JSON. Enough for indented text; without a limit a model could write white space for ever.
 MAX_WHITE_SPACE = 16
 MAX_REPEAT = 128  # xgrammar 0.2.8 fails on patterns that count further
+# one that JSON writes without an escape; by its end, since classes by what they leave out allow bytes that are no UTF-8
+_CHARACTER = "[ !#-\\[\\]-\ud7ff\ue000-\U0010ffff]"
 _CANONICAL = re.compile(r'\s*\{"name": "([^"\\]+)", "arguments": (.*)\}\s*', re.DOTALL)
 _CONTROL = re.compile(r"[\x00-\x1f]")
 _STRING = re.compile(r'"(?:[^"\\\r\n]|\\.)*(")?')
@@ -254,5 +256,5 @@ def _lengths(schema: Any, named: bool = False) -> Any:
     bounded = schema.keys() & {"minLength", "maxLength"} and (high or low) <= MAX_REPEAT
     if bounded and not schema.keys() & {"pattern", "format"}:
         out = {word: value for word, value in out.items() if word not in ("minLength", "maxLength")}
-        out["pattern"] = f"^[^\\x00-\\x1f]{{{low},{high}}}$"
+        out["pattern"] = f"^{_CHARACTER}{{{low},{high}}}$"
     return out

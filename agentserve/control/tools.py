@@ -92,24 +92,25 @@ def parse_choice(raw: Any, tools: Sequence[Tool], param: str = "tool_choice") ->
         ToolError: another shape, or a name that no tool has; it lists those that exist.
     """
     everything = tuple(tools)
-    if raw is None or raw in ("none", "auto", "required"):
-        mode: Mode = raw or "auto"
-        if mode == "required" and not everything:
+    if raw is None:
+        return ToolChoice("auto", everything)
+    if raw in ("none", "auto", "required"):
+        if raw == "required" and not everything:
             raise ToolError("tool_choice 'required' needs tools", param)
-        return ToolChoice(mode, everything)
+        return ToolChoice(raw, everything)
     kind = raw.get("type") if isinstance(raw, dict) else None
     if kind == "function":
         name = _function_name(raw, param)
         return ToolChoice("required", _named([name], everything, param, prefixes=False), one=True)
     if kind == "allowed_tools":
         inner = _unwrap(raw, "allowed_tools", {"mode", "tools"}, param)
-        mode, entries = inner.get("mode"), inner.get("tools")
-        if mode not in ("auto", "required"):
-            raise ToolError(f"the mode of allowed_tools must be 'auto' or 'required', got {mode!r}", param)
+        wanted, entries = inner.get("mode"), inner.get("tools")
+        if wanted != "auto" and wanted != "required":
+            raise ToolError(f"the mode of allowed_tools must be 'auto' or 'required', got {wanted!r}", param)
         if not isinstance(entries, list) or not entries:
             raise ToolError("the tools of allowed_tools must be a list with at least one", param)
         names = [_function_name(entry, f"{param}.tools.{index}") for index, entry in enumerate(entries)]
-        return ToolChoice(mode, _named(names, everything, param, prefixes=True))
+        return ToolChoice(wanted, _named(names, everything, param, prefixes=True))
     message = (
         "tool_choice must be 'none', 'auto', 'required', {\"type\": \"function\", …} or "
         f'{{"type": "allowed_tools", …}}, got {json.dumps(raw, default=str)[:200]}'
@@ -156,10 +157,12 @@ def check_schema(schema: dict[str, Any], param: str, strict: bool = False) -> No
     Raises:
         ToolError: names `param` and says what in the schema is wrong.
     """
-    if strict and (words := sorted(set(_words(schema)) & set(UNENFORCED))):
-        raise ToolError(f"{words[0]!r} cannot be enforced: leave it out, or strict", param)
     try:
+        if strict and (words := sorted(set(_words(schema)) & set(UNENFORCED))):
+            raise ToolError(f"{words[0]!r} cannot be enforced: leave it out, or strict", param)
         wrong = _schema_error(json.dumps(schema))
+    except ToolError:
+        raise
     except (ValueError, RecursionError) as error:
         wrong = str(error)
     if wrong is not None:

@@ -90,12 +90,15 @@ def _constraint(
         strict = form is not None and form.json_schema is not None and bool(form.json_schema.strict)
         check_schema(schema, "response_format.json_schema.schema", strict)
     tail = parts.tokenizer.decode(prompt[-TAIL:].tolist(), skip_special_tokens=False)
-    grammar = structural_tag(
-        choice if tools else None,
-        parallel=body.parallel_tool_calls is not False,
-        reply_schema=schema,
-        thinking=tail.rstrip().endswith("<think>"),
-    )
+    try:
+        grammar = structural_tag(
+            choice if tools else None,
+            parallel=body.parallel_tool_calls is not False,
+            reply_schema=schema,
+            thinking=tail.rstrip().endswith("<think>"),
+        )
+    except RecursionError:
+        raise BadRequest("a JSON schema is nested too deeply", param) from None
     return Constraint(grammar, param)
 
 

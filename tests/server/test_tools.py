@@ -221,6 +221,22 @@ def test_what_cannot_be_kept_is_a_400(server: Running, change: dict[str, Any], p
     assert words in error["message"]
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_schema_nested_without_end_is_a_400(server: Running, strict: bool) -> None:
+    schema: dict[str, Any] = {"type": "boolean"}
+    for _ in range(150):
+        schema = {"type": "array", "items": schema}
+    deep = tool("f", x=schema)
+    deep["function"]["strict"] = strict
+    for _ in range(3):
+        with server.http() as http:
+            reply = http.post("/v1/chat/completions", json={"messages": MESSAGES, "tools": [deep], "max_tokens": 2})
+        assert reply.status_code in (200, 400), reply.text
+        for _ in range(150):
+            schema = {"type": "array", "items": schema}
+        deep["function"]["parameters"]["properties"]["x"] = schema
+
+
 def test_a_session_refuses_the_same(server: Running) -> None:
     assert post(server, "/v1/sessions", 400, tools=[TOOLS[0], TOOLS[0]])["error"]["param"] == "tools.1.function.name"
     session = post(server, "/v1/sessions", 201, tools=TOOLS[2:])["id"]
