@@ -34,6 +34,9 @@ class Sampling(TypedDict, total=False):
     logprobs: bool
     top_logprobs: int
     return_token_ids: bool
+    tool_choice: str | dict[str, Any]
+    parallel_tool_calls: bool
+    response_format: dict[str, Any]
 
 
 def check_sampling(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,6 +34,9 @@ NEUTRAL = {
     "logit_bias": {},
     "temperature": 1.0,
     "min_tokens": 0,
+    "tool_choice": None,
+    "parallel_tool_calls": None,
+    "response_format": None,
 }
 """Sampling options at which the recorded log-probabilities are those of the distribution that was sampled."""
 

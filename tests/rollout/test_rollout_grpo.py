@@ -245,7 +245,12 @@ def test_steps_without_anything_to_learn_change_nothing():
 
 @pytest.mark.parametrize(
     ("sampling", "option"),
-    [({"temperature": 0.7}, "temperature"), ({"top_p": 0.9}, "top_p"), ({"presence_penalty": 1.0}, "presence_penalty")],
+    [
+        ({"temperature": 0.7}, "temperature"),
+        ({"top_p": 0.9}, "top_p"),
+        ({"presence_penalty": 1.0}, "presence_penalty"),
+        ({"tool_choice": "required"}, "tool_choice"),
+    ],
 )
 def test_trajectories_of_another_distribution_are_refused(sampling: dict[str, Any], option: str):
     model = tiny_model()

@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import openai
 import pytest
 
+from agentserve.sdk import AgentserveError, Client
 from agentserve.tokenizer import resolve_model_dir
 from tests.server.conftest import Running, serve
 from tests.session.tokenizer_kit import byte_level, save
@@ -157,6 +159,17 @@ def test_turns_of_a_session_change_their_choice_and_keep_their_prefix(real: Runn
         end = reply["report"]["prompt"] + len(reply["token_ids"])
     free = post(real, f"/v1/sessions/{session}/turns", messages=[], max_tokens=4, logprobs=True)
     assert "unmasked_logprobs" not in free
+
+
+def test_the_sdk_chooses_tools(real: Running) -> None:
+    with Client(real.url) as client, client.session(tools=TOOLS) as session:
+        turn = session.turn("Go on.", tool_choice="required", parallel_tool_calls=False, max_tokens=300, seed=1)
+        assert len(turn.tool_calls) == 1
+        check(msgspec.to_builtins(turn.tool_calls[0]), {"paint", "browser_open", "browser_close"})
+        with pytest.raises(AgentserveError, match="nope"):
+            session.turn("Go on.", tool_choice={"type": "function", "name": "nope"})
+        with pytest.raises(TypeError, match="tool_choise"):
+            session.turn("Go on.", tool_choise="none")  # type: ignore[call-arg]
 
 
 def test_a_stream_of_forced_calls(real: Running) -> None:
