@@ -9,11 +9,10 @@ from collections import deque
 
 
 class PagePool:
-    """Page numbers `0 … num_pages - 1`; page `num_pages` is the dummy page and never handed out."""
+    """Page numbers `0 … num_pages - 1`; page `num_pages` is the runner's dummy page and never handed out."""
 
     def __init__(self, num_pages: int):
         self.num_pages = num_pages
-        self.dummy_page = num_pages
         self._free = list(range(num_pages - 1, -1, -1))
         self._retiring: deque[tuple[int, list[int]]] = deque()
         self.retiring = 0

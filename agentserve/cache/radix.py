@@ -107,12 +107,10 @@ class RadixCache:
                 freed += self._remove(node)
         return freed
 
-    def flush(self, keep: str | None = None) -> list[int]:
-        """Drop everything that is not locked, but for the namespace `keep`; the freed pages."""
+    def flush(self) -> list[int]:
+        """Drop everything that is not locked; the freed pages."""
         freed: list[int] = []
         for namespace, root in list(self._roots.items()):
-            if namespace == keep:
-                continue
             # children before parents, so that a node whose descendants all go is a leaf when its turn comes
             for node in reversed(list(self._nodes(root))):
                 if node is not root and self._is_evictable_leaf(node):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import MutableSequence
 
 from agentserve.cache.manager import CacheManager
 from agentserve.core import Request, State
@@ -20,10 +21,7 @@ class Queue:
 
     def enqueue(self, request: Request) -> None:
         """Insert by arrival, so that a retracted request stands before all that came after it."""
-        index = len(self.waiting)
-        while index and self.waiting[index - 1].order > request.order:
-            index -= 1
-        self.waiting.insert(index, request)
+        _insert_by_arrival(self.waiting, request)
         request.state = State.WAITING
 
     def admit(self, manager: CacheManager) -> None:
@@ -32,6 +30,8 @@ class Queue:
         A request whose next uncached page is being computed by a running one is passed over until that page is in the
         tree: a group that shares a prompt computes it once. It cannot starve, since the running one goes on.
         """
+        if not (self.waiting and self.free_rows):
+            return  # as in most steps: do not look at every running request for nobody's sake
         in_progress = {self._next_page(request, manager) for request in self.running}
         promised = sum(
             max(0, manager.pages_for(request.known_len + 1) - len(request.pages)) for request in self.running
@@ -56,7 +56,7 @@ class Queue:
                 request.cached_len = request.computed_len
             request.row = self.free_rows.pop()
             request.state = State.RUNNING
-            self._join(request)
+            _insert_by_arrival(self.running, request)
         self.waiting.extendleft(reversed(passed))
 
     def retract_youngest(self, manager: CacheManager) -> Request:
@@ -81,12 +81,6 @@ class Queue:
         while self.retiring_rows and self.retiring_rows[0][0] <= step:
             self.free_rows.append(self.retiring_rows.popleft()[1])
 
-    def _join(self, request: Request) -> None:
-        index = len(self.running)
-        while index and self.running[index - 1].order > request.order:
-            index -= 1
-        self.running.insert(index, request)
-
     def _dismiss(self, request: Request, manager: CacheManager) -> None:
         # undo an admission of this same call: nothing was computed or allocated yet
         manager.tree.unlock(request.handle)  # pyright: ignore[reportArgumentType]  (admit has just set it)
@@ -103,3 +97,11 @@ class Queue:
         if len(page) < manager.page_size:
             return None
         return request.namespace, id(request.handle.node), page.tobytes()
+
+
+def _insert_by_arrival(requests: MutableSequence[Request], request: Request) -> None:
+    # from the end, where nearly every request belongs
+    index = len(requests)
+    while index and requests[index - 1].order > request.order:
+        index -= 1
+    requests.insert(index, request)
